@@ -1,0 +1,17 @@
+"""The tiny transformer: teacher forcing on latents of the toy world."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        dict(
+            seed=0,
+            batch=24,
+            optimizer=dict(kind="muon", learning_rate=0.01, steps=6000),
+            corruption=dict(shift=3.0),
+            sequence=dict(),
+            log_every=50,
+            save_every=200,
+        )
+    )

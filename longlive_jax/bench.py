@@ -1,0 +1,176 @@
+"""Taking the time of a video that is being made; `longlive bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from longlive_jax import report, timeline
+from longlive_jax.events import Event
+from longlive_jax.video import VideoWriter
+
+PROMPTS = (
+    "a red circle moves left over a black background",
+    "a blue square bounces over a grey background",
+)
+WARMUP_CHUNKS = 2  # nothing is compiled after the second chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """One chunk: how many frames, and the clock when it was asked for, there, and written."""
+
+    frames: int
+    denoise_s: float
+    asked: float
+    ready: float
+    written: float
+
+
+class Stopwatch:
+    """Follows one video from the first request until its file is closed."""
+
+    def __init__(self) -> None:
+        self.marks: list[Mark] = []
+        self.switches: list[report.Switch] = []
+        self.size = (0, 0)
+        self.closed = 0.0
+
+    def follow(self, stream: Iterable[Any], write: Callable[[np.ndarray], None]) -> Iterator[Any]:
+        """Passes chunks on, each already written, and notes the times."""
+        asked = time.perf_counter()
+        for chunk in stream:
+            ready = time.perf_counter()
+            try:
+                write(chunk.frames)
+            finally:  # Ctrl-C arrives at the end of a write: that chunk is in the file
+                written = time.perf_counter()
+                self.marks.append(Mark(len(chunk.frames), chunk.denoise_s, asked, ready, written))
+                self.size = chunk.frames.shape[1:3]
+                self.switches += [
+                    report.Switch(event.prompt, event.time_s, event.applied_s)
+                    for event in chunk.applied
+                ]
+            yield chunk
+            asked = time.perf_counter()
+
+    def close(self) -> None:
+        """Call it when the file is complete: an encoder holds frames back until then."""
+        self.closed = time.perf_counter()
+
+    def seconds(self, warmup: int) -> float:
+        """From the end of the warm-up chunks to the file being closed."""
+        start = self.marks[warmup - 1].written if warmup else self.marks[0].asked
+        return self.closed - start
+
+
+class CompileClock:
+    """Adds up the time that XLA compiles (or loads from the cache) inside the context."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.programs = 0
+
+    def __enter__(self) -> CompileClock:
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add)
+
+    def _add(self, event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
+            self.programs += 1
+
+
+def own_warmup(chunks: int) -> int:
+    """How many of a video's own chunks are warm-up: at least one chunk is left to measure."""
+    return max(0, min(WARMUP_CHUNKS, chunks - 1))
+
+
+def summarise(
+    videos: Sequence[Stopwatch], warmup: int, *, fps: int, compile_s: float, seed: int, steps: int
+) -> report.Report:
+    """The report of videos of the same length, leaving out the first `warmup` chunks of each."""
+    marks = [mark for video in videos for mark in video.marks[warmup:]]
+    frames = sum(mark.frames for mark in marks)
+    latencies = [mark.ready - mark.asked for mark in marks]
+    first = [video.marks[0].ready - video.marks[0].asked for video in videos]
+    height, width = videos[0].size
+    return report.Report(
+        frames=sum(mark.frames for mark in videos[0].marks),
+        width=width,
+        height=height,
+        fps=fps,
+        denoise_fps=frames / max(sum(mark.denoise_s for mark in marks), 1e-9),
+        end_to_end_fps=frames / sum(video.seconds(warmup) for video in videos),
+        time_to_first_chunk_s=float(np.median(first)),
+        chunk_latency_p50_s=float(np.percentile(latencies, 50)),
+        chunk_latency_p95_s=float(np.percentile(latencies, 95)),
+        switches=tuple(videos[0].switches),
+        peak_memory_bytes=report.peak_memory(),
+        compile_s=compile_s,
+        device=report.device_name(),
+        versions=report.versions(),
+        seed=seed,
+        steps=steps,
+        warmup_chunks=warmup,
+    )
+
+
+def run(model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None) -> report.Report:
+    """Makes a short video for warm-up and `repeat` measured ones, each with a switch half-way.
+
+    Args:
+      model: What `longlive_jax.load` returns.
+      seconds: Length of the measured videos; at least two chunks.
+      repeat: How many videos are measured.
+      seed: Of the first video; the next ones count up.
+      steps: Denoising steps; None is the model's own number.
+    """
+    chunk_s = model.config.frames_per_chunk / model.config.fps
+
+    def video(number: int, seconds: float) -> Stopwatch:
+        watch = Stopwatch()
+        half = Event(timeline.middle(model.config, seconds), "switch", PROMPTS[1])
+        stream = model.stream(
+            PROMPTS[0], seconds=seconds, seed=seed + number, steps=steps, events=(half,)
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            with VideoWriter(pathlib.Path(folder) / "bench.mp4", model.config.fps) as writer:
+                for _ in watch.follow(stream, writer.write):
+                    pass
+            watch.close()
+        return watch
+
+    with CompileClock() as clock:
+        warmup = video(0, min(seconds, (2 * WARMUP_CHUNKS) * chunk_s))
+        measured = [video(number, seconds) for number in range(repeat)]
+    summary = summarise(
+        measured,
+        0,
+        fps=model.config.fps,
+        compile_s=clock.seconds,
+        seed=seed,
+        steps=steps or model.config.sampler.steps,
+    )
+    return dataclasses.replace(summary, warmup_chunks=len(warmup.marks))
+
+
+def show(summary: report.Report, to_stderr: bool) -> None:
+    """Prints the report as a table."""
+    table = Table("measure", "value", title=summary.device)
+    for name, value in dataclasses.asdict(summary).items():
+        words = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name, words)
+    Console(stderr=to_stderr).print(table, markup=False)

@@ -1,0 +1,230 @@
+"""The command `longlive`: reads flags, runs one subcommand, turns errors into sentences.
+
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 stopped by Ctrl-C.
+Nothing here imports JAX until the flags have been read, so that bad input is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from longlive_jax import cache_dir
+from longlive_jax.errors import InputError
+from longlive_jax.version import __version__
+
+Load = Callable[[str], Any]
+HELP = ("-h", "--help", "help")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: what it does, its flags, and the function that they are handed to."""
+
+    what: str
+    define: Callable[[flags.FlagValues], None]
+    run: Callable[[flags.FlagValues, Load], None]
+
+
+def load_model(name: str) -> Any:
+    """`longlive_jax.load`, with every program that it compiles kept on disk."""
+    cache_dir.enable()
+    import longlive_jax
+
+    return longlive_jax.load(name)
+
+
+def define_generate(values: flags.FlagValues) -> None:
+    """Flags of `longlive generate`."""
+    flags.DEFINE_string("prompt", "", "what to show", flag_values=values)
+    flags.DEFINE_float("seconds", 10.0, "length of the video", flag_values=values)
+    flags.DEFINE_string("output", "out.mp4", "the video file to write", flag_values=values)
+    flags.DEFINE_multi_string(
+        "at", [], '"5: a new prompt" changes the prompt at 5 s', flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "cut", [], '"8: a new scene" cuts to a new shot at 8 s', flag_values=values
+    )
+    define_model(values)
+
+
+def define_model(values: flags.FlagValues) -> None:
+    """Flags of every command that runs a model."""
+    flags.DEFINE_string("model", "tiny", "tiny, or a folder with weights", flag_values=values)
+    flags.DEFINE_integer(
+        "seed", 0, "the same seed, the same video", 0, 2**32 - 1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "steps",
+        None,
+        "denoising steps; by default the model's own number",
+        1,
+        1000,
+        flag_values=values,
+    )
+    flags.DEFINE_string("json", None, "where to write the report; - is stdout", flag_values=values)
+
+
+def define_bench(values: flags.FlagValues) -> None:
+    """Flags of `longlive bench`."""
+    flags.DEFINE_float("seconds", 10.0, "length of each measured video", flag_values=values)
+    flags.DEFINE_integer("repeat", 3, "how many videos to measure", 1, flag_values=values)
+    define_model(values)
+
+
+def define_eval(values: flags.FlagValues) -> None:
+    """Flags of `longlive eval`."""
+    flags.DEFINE_enum("suite", "toy", ["toy"], "what to measure", flag_values=values)
+    define_model(values)
+
+
+def run_generate(values: flags.FlagValues, load: Load) -> None:
+    """`longlive generate`."""
+    from longlive_jax import events
+    from longlive_jax.request import Request
+
+    changes = [events.parse("switch", text) for text in values.at]
+    changes += [events.parse("cut", text) for text in values.cut]
+    request = Request(
+        prompt=values.prompt,
+        seconds=values.seconds,
+        output=pathlib.Path(values.output),
+        events=tuple(changes),
+        seed=values.seed,
+        steps=values.steps,
+        model=values.model,
+        json=report_path(values),
+    )
+    request = request.check()
+
+    from longlive_jax import generate  # imports JAX
+
+    generate.run(request, load)
+
+
+def run_bench(values: flags.FlagValues, load: Load) -> None:
+    """`longlive bench`."""
+    from longlive_jax import output, request
+
+    request.check_seconds(values.seconds)
+    request.check_model(values.model)
+    target = report_path(values)
+    output.check_report(target)
+
+    from longlive_jax import bench  # imports JAX
+
+    report = bench.run(
+        load(values.model),
+        seconds=values.seconds,
+        repeat=values.repeat,
+        seed=values.seed,
+        steps=values.steps,
+    )
+    bench.show(report, to_stderr=target == output.STDOUT)
+    output.write_report(target, report.to_json())
+
+
+def run_eval(values: flags.FlagValues, load: Load) -> None:
+    """`longlive eval`: the scores go to standard output unless `--json` names a file."""
+    from longlive_jax import output, request
+
+    request.check_model(values.model)
+    target = report_path(values) or output.STDOUT
+    output.check_report(target)
+
+    from longlive_jax.eval import toy  # imports JAX
+
+    scores = toy.evaluate(load(values.model), steps=values.steps, seed=values.seed)
+    output.write_report(target, json.dumps(scores, indent=2) + "\n")
+
+
+def report_path(values: flags.FlagValues) -> pathlib.Path | None:
+    """Where `--json` points."""
+    return None if values.json is None else pathlib.Path(values.json)
+
+
+COMMANDS = {
+    "generate": Command("make a video from prompts", define_generate, run_generate),
+    "bench": Command("measure speed and memory", define_bench, run_bench),
+    "eval": Command("measure how well videos follow their prompts", define_eval, run_eval),
+}
+
+
+def usage() -> str:
+    """What `longlive --help` says."""
+    lines = [f"  {name:<10}{command.what}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: longlive COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "longlive COMMAND --help lists its flags.",
+        ]
+    )
+
+
+def flag_help(name: str, values: flags.FlagValues) -> str:
+    """What `longlive COMMAND --help` says."""
+    lines = [f"usage: longlive {name} [flags]", "", COMMANDS[name].what.capitalize() + ".", ""]
+    for flag in values.flags_by_module_dict()[__name__]:
+        default = "" if flag.default in (None, "", []) else f" [{flag.default}]"
+        lines.append(f"  --{flag.name:<10}{' '.join(flag.help.split())}{default}")
+    return "\n".join(lines)
+
+
+def dispatch(arguments: Sequence[str], load: Load) -> None:
+    """Runs what the arguments say.
+
+    Raises:
+      InputError: they say nothing that can be done.
+    """
+    if not arguments or arguments[0] in HELP:
+        sys.stdout.write(usage() + "\n")
+        return
+    if arguments[0] == "--version":
+        sys.stdout.write(f"longlive-jax {__version__}\n")
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise InputError(f'there is no command "{name}": say {", ".join(COMMANDS)}, or --help')
+    values = flags.FlagValues()
+    COMMANDS[name].define(values)
+    if any(word in HELP[:2] for word in rest):
+        sys.stdout.write(flag_help(name, values) + "\n")
+        return
+    try:
+        left = values(["longlive", *rest])[1:]
+    except flags.Error as error:
+        raise InputError(f"{error} (longlive {name} --help lists the flags)") from error
+    if left:
+        raise InputError(
+            f'do not know what to do with "{left[0]}"; quote a prompt of several words'
+        )
+    COMMANDS[name].run(values, load)
+
+
+def run(arguments: Sequence[str], load: Load = load_model) -> int:
+    """Runs the command and returns its exit code; `load` is what makes a model of a name."""
+    try:
+        dispatch(arguments, load)
+    except InputError as error:
+        sys.stderr.write(f"longlive: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("longlive: stopped\n")
+        return 130
+    return 0
+
+
+def main() -> None:
+    """The console script. Being told to end (SIGTERM) is treated like Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.exit(run(sys.argv[1:]))

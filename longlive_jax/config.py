@@ -1,0 +1,313 @@
+"""Every choice the system takes, as frozen values.
+
+A preset is a `ModelConfig`; variants are made with `dataclasses.replace`. Counts that follow from others
+(tokens per chunk, frames per chunk) are properties, so that no number is written down twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shape of the Wan diffusion transformer (Wan2.2 `wan/modules/model.py:WanModel`)."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    channels: int  # latent channels, in and out
+    text_dim: int
+    text_len: int
+    freq_dim: int = 256
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    # Rows and columns (in tokens) after which space repeats. None is Wan's geometric ladder of frequencies;
+    # a period takes harmonics of it instead, for worlds that wrap around.
+    rope_period: tuple[int, int] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Shape of a Wan causal video VAE (Wan2.1 `vae.py`, Wan2.2 `vae2_2.py`)."""
+
+    latent_channels: int
+    encoder_dim: int
+    decoder_dim: int
+    multipliers: tuple[int, ...]
+    res_blocks: int
+    strides: tuple[tuple[int, int], ...]  # (time, space) of each downsampling, in encoder order
+    patch: int = 1  # pixels folded into channels before the first convolution
+    shortcut: bool = False  # the 2.2 averaging / duplicating shortcuts around whole levels
+    attention: bool = True  # self-attention over one frame in the middle block
+    time_kernel: int = 3  # frames that a residual convolution sees; 1 leaves time to the resampling
+    mean: tuple[float, ...] = ()  # latent statistics, one number per channel
+    std: tuple[float, ...] = ()
+
+    @property
+    def time_stride(self) -> int:
+        stride = 1
+        for time, _ in self.strides:
+            stride *= time
+        return stride
+
+    @property
+    def space_stride(self) -> int:
+        stride = self.patch
+        for _, space in self.strides:
+            stride *= space
+        return stride
+
+
+_WAN_STRIDES = ((1, 2), (2, 2), (2, 2))
+
+WAN21_VAE = VAEConfig(
+    latent_channels=16,
+    encoder_dim=96,
+    decoder_dim=96,
+    multipliers=(1, 2, 4, 4),
+    res_blocks=2,
+    strides=_WAN_STRIDES,
+    # fmt: off
+    mean=(
+        -0.7571,
+        -0.7089,
+        -0.9113,
+        0.1075,
+        -0.1745,
+        0.9653,
+        -0.1517,
+        1.5508,
+        0.4134,
+        -0.0715,
+        0.5517,
+        -0.3632,
+        -0.1922,
+        -0.9497,
+        0.2503,
+        -0.2921,
+    ),
+    std=(
+        2.8184,
+        1.4541,
+        2.3275,
+        2.6558,
+        1.2196,
+        1.7708,
+        2.6052,
+        2.0743,
+        3.2687,
+        2.1526,
+        2.8652,
+        1.5579,
+        1.6382,
+        1.1253,
+        2.8251,
+        1.9160,
+    ),
+    # fmt: on
+)
+
+WAN22_VAE = VAEConfig(
+    latent_channels=48,
+    encoder_dim=160,
+    decoder_dim=256,
+    multipliers=(1, 2, 4, 4),
+    res_blocks=2,
+    strides=_WAN_STRIDES,
+    patch=2,
+    shortcut=True,
+    # fmt: off
+    mean=(
+        -0.2289,
+        -0.0052,
+        -0.1323,
+        -0.2339,
+        -0.2799,
+        0.0174,
+        0.1838,
+        0.1557,
+        -0.1382,
+        0.0542,
+        0.2813,
+        0.0891,
+        0.1570,
+        -0.0098,
+        0.0375,
+        -0.1825,
+        -0.2246,
+        -0.1207,
+        -0.0698,
+        0.5109,
+        0.2665,
+        -0.2108,
+        -0.2158,
+        0.2502,
+        -0.2055,
+        -0.0322,
+        0.1109,
+        0.1567,
+        -0.0729,
+        0.0899,
+        -0.2799,
+        -0.1230,
+        -0.0313,
+        -0.1649,
+        0.0117,
+        0.0723,
+        -0.2839,
+        -0.2083,
+        -0.0520,
+        0.3748,
+        0.0152,
+        0.1957,
+        0.1433,
+        -0.2944,
+        0.3573,
+        -0.0548,
+        -0.1681,
+        -0.0667,
+    ),
+    std=(
+        0.4765,
+        1.0364,
+        0.4514,
+        1.1677,
+        0.5313,
+        0.4990,
+        0.4818,
+        0.5013,
+        0.8158,
+        1.0344,
+        0.5894,
+        1.0901,
+        0.6885,
+        0.6165,
+        0.8454,
+        0.4978,
+        0.5759,
+        0.3523,
+        0.7135,
+        0.6804,
+        0.5833,
+        1.4146,
+        0.8986,
+        0.5659,
+        0.7069,
+        0.5338,
+        0.4889,
+        0.4917,
+        0.4069,
+        0.4999,
+        0.6866,
+        0.4093,
+        0.5709,
+        0.6065,
+        0.6415,
+        0.4944,
+        0.5726,
+        1.2042,
+        0.5458,
+        1.6887,
+        0.3971,
+        1.0600,
+        0.3943,
+        0.5537,
+        0.5444,
+        0.4089,
+        0.7468,
+        0.7744,
+    ),
+    # fmt: on
+)
+
+TINY_VAE = VAEConfig(
+    latent_channels=16,
+    encoder_dim=32,
+    decoder_dim=24,
+    multipliers=(1, 2, 2),
+    res_blocks=1,
+    strides=((2, 2), (2, 1)),
+    patch=4,
+    shortcut=True,
+    attention=False,
+    time_kernel=1,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Shape of a UMT5 encoder (Wan2.2 `wan/modules/t5.py:T5Encoder`)."""
+
+    vocab: int
+    dim: int
+    attn_dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """How a video is cut into chunks, and what a chunk may attend. All lengths in latent frames."""
+
+    chunk: int
+    window: int  # attended frames, the current chunk and the sinks included
+    sink: int
+    shot_offset: int = 8  # added to temporal RoPE positions at every cut (LongLive 2.0 section 4.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How one chunk is denoised."""
+
+    solver: str  # "unipc" (LongLive 2.0) or "renoise" (LongLive 1.0)
+    steps: int
+    shift: float
+    guidance: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One complete text-to-video system."""
+
+    name: str
+    dit: DiTConfig
+    vae: VAEConfig
+    text: TextConfig
+    stream: StreamConfig
+    sampler: SamplerConfig
+    height: int
+    width: int
+    fps: int
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // self.vae.space_stride
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // self.vae.space_stride
+
+    @property
+    def tokens_per_frame(self) -> int:
+        _, rows, columns = self.dit.patch
+        return (self.latent_height // rows) * (self.latent_width // columns)
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """RGB frames of every chunk but the first, which is `time_stride - 1` shorter."""
+        return self.stream.chunk * self.vae.time_stride
+
+
+UMT5_XXL = TextConfig(vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, layers=24)
+TINY_TEXT = TextConfig(vocab=128, dim=128, attn_dim=128, ffn_dim=256, heads=4, layers=2)

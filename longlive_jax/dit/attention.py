@@ -1,0 +1,109 @@
+"""The `attn` callables: what differs between training, streaming and recaching.
+
+A block hands over queries and keys that are normalised but not rotated; an `attn` rotates them, decides what is visible,
+and returns `(out, state)`. `state` runs through the layers; it is None where nothing is remembered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from longlive_jax.dit.rope import rotate
+
+Heads = Float[Array, "b n a d"]
+Keys = Float[Array, "b m a d"]
+
+
+def attend(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "b n m"] | None = None) -> Heads:
+    """softmax(q kᵀ / √d) v, the softmax in float32. Rows with no visible key come out as the mean of v."""
+    scores = jnp.einsum("bnad,bmad->banm", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (1.0 / np.sqrt(q.shape[-1]))
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, jnp.float32(-1e30))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("banm,bmad->bnad", weights, v)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table"]
+)
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Attention under a static table over latent frames (`mask.table`), for training and bidirectional models.
+
+    Frames with the same visible keys are computed together over just those keys, so empty tiles cost nothing.
+    table: rows of the boolean table, as nested tuples. angles: b n p.
+    """
+
+    angles: Float[Array, "b n p"]
+    table: tuple[tuple[bool, ...], ...]
+
+    def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
+        q, k = rotate(q, self.angles), rotate(k, self.angles)
+        frames = len(self.table)
+        q, k, v = (x.reshape(x.shape[0], frames, -1, *x.shape[2:]) for x in (q, k, v))  # b f s a d
+        parts = [self._rows(q, k, v, rows) for rows in _runs(self.table)]
+        return jnp.concatenate(parts, 1), None
+
+    def _rows(self, q, k, v, rows: slice):
+        visible = np.flatnonzero(self.table[rows.start])
+        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
+        return attend(flat(q[:, rows]), flat(k[:, visible]), flat(v[:, visible]))
+
+
+def _runs(table: tuple[tuple[bool, ...], ...]) -> list[slice]:
+    """Maximal runs of equal rows."""
+    starts = [i for i in range(len(table)) if i == 0 or table[i] != table[i - 1]]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(table)], strict=True)]
+
+
+def masked(table: np.ndarray, angles: Float[Array, "b n p"]) -> Masked:
+    return Masked(angles, tuple(tuple(bool(x) for x in row) for row in table))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """The keys and values of all layers, and the layer whose turn it is."""
+
+    k: Float[Array, "layers b slots s a d"]
+    v: Float[Array, "layers b slots s a d"]
+    layer: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """Attention over the slot table: writes this call's frames into their slots, then attends the visible slots.
+
+    slots: the slot of each of the call's frames. visible: which slot each of these frames may attend.
+    """
+
+    angles: Float[Array, "b n p"]
+    slots: Int[Array, "b f"]
+    visible: Bool[Array, "b f slots"]
+
+    def __call__(
+        self, q: Heads, k: Heads, v: Heads, state: LayerCache
+    ) -> tuple[Heads, LayerCache]:
+        q, k = rotate(q, self.angles), rotate(k, self.angles)
+        frames, tokens = self.slots.shape[1], q.shape[1] // self.slots.shape[1]
+        batch = jnp.arange(q.shape[0])[:, None]
+
+        def write(cache, new):  # the layer index broadcasts against the slots
+            new = new.reshape(new.shape[0], frames, tokens, *new.shape[2:])
+            return cache.at[state.layer, batch, self.slots].set(new.astype(cache.dtype))
+
+        cache = LayerCache(write(state.k, k), write(state.v, v), state.layer + 1)
+        keys, values = (
+            x[state.layer].reshape(q.shape[0], -1, *q.shape[2:]).astype(q.dtype)
+            for x in (cache.k, cache.v)
+        )
+        mask = jnp.repeat(jnp.repeat(self.visible, tokens, 1), tokens, 2)
+        return attend(q, keys, values, mask), cache

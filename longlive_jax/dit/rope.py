@@ -1,0 +1,52 @@
+"""Rotary phases over (latent frame, row, column) (Wan2.2 `model.py:rope_params, rope_apply`)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from longlive_jax.config import DiTConfig
+
+
+def frequencies(cfg: DiTConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Radians per step along time, rows and columns; head_dim / 2 numbers in all.
+
+    Rows and columns get a third of the complex channels each, rounded down; time gets the rest.
+    """
+    pairs = cfg.head_dim // 2
+    space = pairs // 3
+
+    def ladder(count: int) -> np.ndarray:
+        return cfg.rope_theta ** (-np.arange(count) / count)
+
+    def harmonics(period: int) -> np.ndarray:
+        return 2 * np.pi / period * (1 + np.arange(space) % max(1, period // 2))
+
+    rows, columns = (harmonics(p) for p in cfg.rope_period) if cfg.rope_period else (ladder(space),) * 2
+    return ladder(pairs - 2 * space), rows, columns
+
+
+def phases(cfg: DiTConfig, frames: Float[Array, "b f"], rows: int, columns: int) -> Float[Array, "b n p"]:
+    """Angle of every token and complex channel; n = f * rows * columns, p = head_dim / 2.
+
+    `frames` are temporal positions in latent frames: (start + index + shot offset) * time scale, by the caller.
+    """
+    time, row, column = frequencies(cfg)
+    f = frames.astype(jnp.float32)[:, :, None, None, None] * jnp.asarray(time, jnp.float32)  # b f 1 1 p
+    r = jnp.asarray(np.arange(rows)[:, None] * row, jnp.float32)[None, None, :, None]  # 1 1 h 1 p
+    c = jnp.asarray(np.arange(columns)[:, None] * column, jnp.float32)[None, None, None]  # 1 1 1 w p
+    shape = (*frames.shape, rows, columns)
+    angles = jnp.concatenate([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (f, r, c)], -1)
+    return angles.reshape(frames.shape[0], -1, angles.shape[-1])  # b n p
+
+
+def rotate(x: Float[Array, "b n a d"], angles: Float[Array, "b n p"]) -> Float[Array, "b n a d"]:
+    """Turns each pair of neighbouring channels (2i, 2i + 1) by its angle, in float32."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]  # b n 1 p
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+

@@ -1,0 +1,57 @@
+"""What may change while a video plays: a new prompt in the same shot, or a cut to a new one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from longlive_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A change of prompt, from the first chunk on whose first frame is at or after `time_s`."""
+
+    time_s: float
+    kind: str  # "switch" keeps the shot, "cut" starts a new one
+    prompt: str
+
+
+def parse(kind: str, text: str) -> Event:
+    """Reads "SECONDS: PROMPT".
+
+    Raises:
+      InputError: there is no colon, no number before it, or nothing after it.
+    """
+    time, colon, prompt = text.partition(":")
+    try:
+        seconds = float(time)
+    except ValueError:
+        seconds = math.nan
+    if not colon or not math.isfinite(seconds):
+        raise InputError(f'"{text}" is not of the form "SECONDS: PROMPT", as in "5: a blue square"')
+    if not prompt.strip():
+        raise InputError(f'"{text}" has no prompt after the colon')
+    return Event(seconds, kind, prompt.strip())
+
+
+def in_order(events: Sequence[Event], seconds: float) -> tuple[Event, ...]:
+    """The events by time, for a video of that length.
+
+    Raises:
+      InputError: an event is before the start or past the end, or two are at the same time.
+    """
+    ordered = tuple(sorted(events, key=lambda event: event.time_s))
+    for event in ordered:
+        if not 0 <= event.time_s < seconds:
+            place = "past the end of" if event.time_s > 0 else "before the start of"
+            raise InputError(
+                f'"{event.prompt}" at {event.time_s:g} s is {place} a video of {seconds:g} s'
+            )
+    for earlier, later in zip(ordered, ordered[1:], strict=False):
+        if earlier.time_s == later.time_s:
+            raise InputError(
+                f"two prompts are to change at {later.time_s:g} s; give each its own time"
+            )
+    return ordered

@@ -1,0 +1,40 @@
+"""Strictness for every test: 8 CPU devices, strict dtype promotion, full float32 products."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import json  # noqa: E402
+import pathlib  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_threefry_partitionable", True)
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """Reads `tests/golden/<family>/<case>.npz` as a dict of arrays."""
+
+    def read(family: str, case: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / family / f"{case}.npz") as file:
+            return dict(file)
+
+    return read
+
+
+@pytest.fixture
+def facts():
+    """The config and tolerance of a golden case."""
+
+    def read(family: str, case: str) -> dict:
+        return json.loads((GOLDEN / family / "index.json").read_text())[case]
+
+    return read
