@@ -30,26 +30,32 @@ _INIT = flags.DEFINE_string("init", None, "safetensors to start from instead of 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/tiny_dit.py")
 
 
+@jax.jit
 def make_model(key) -> tf.TextToLatents:
     rngs = nnx.Rngs(key)
     return tf.TextToLatents(DiT(TINY.dit, rngs=rngs), UMT5(TINY.text, rngs=rngs))
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "corruption"), donate_argnames="state")
-def step(state, batch, key, *, optimizer, corruption):
-    abstract = nnx.eval_shape(lambda: make_model(0))
+def abstract_model() -> tf.TextToLatents:
+    return nnx.eval_shape(lambda: make_model(jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "optimizer", "corruption"), donate_argnames="state")
+def step(state, batch, key, *, layout, optimizer, corruption):
+    abstract = abstract_model()
 
     def loss(flat):
-        return tf.loss(weights.unflatten(abstract, flat), batch, key, TINY.stream, corruption)
+        model = weights.unflatten(abstract, flat)
+        return tf.loss(model, batch, key, layout=layout, stream=TINY.stream, cfg=corruption)
 
     value, gradients = jax.value_and_grad(loss)(state.weights)
     return train_state.update(state, gradients, optimizer), value
 
 
-@functools.partial(jax.jit, static_argnames="corruption")
-def evaluate(flat, batch, key, *, corruption):
-    model = weights.unflatten(nnx.eval_shape(lambda: make_model(0)), flat)
-    return tf.loss(model, batch, key, TINY.stream, corruption)
+@functools.partial(jax.jit, static_argnames=("layout", "corruption"))
+def evaluate(flat, batch, key, *, layout, corruption):
+    model = weights.unflatten(abstract_model(), flat)
+    return tf.loss(model, batch, key, layout=layout, stream=TINY.stream, cfg=corruption)
 
 
 def main(_):
@@ -58,7 +64,7 @@ def main(_):
     corruption = tf.CorruptionConfig(**cfg.corruption)
     sequence, pool_cfg = toy_pool.SequenceConfig(**cfg.sequence), toy_pool.PoolConfig()
     tokenizer = tiny_tokenizer()
-    flat = weights.flatten(make_model(cfg.seed))
+    flat = weights.flatten(make_model(jax.random.key(cfg.seed)))
     if _INIT.value:
         flat = weights.load(_INIT.value)
     state = train_state.create(flat, optimizer)
@@ -74,9 +80,8 @@ def main(_):
     pool = None
 
     def batch_of(rng, source, size):
-        return tf.Batch(
-            **toy_pool.sample(rng, source, tokenizer, size, sequence, TINY.stream)
-        )
+        layout, fields = toy_pool.sample(rng, source, tokenizer, size, sequence, TINY.stream)
+        return layout, tf.Batch(**fields)
 
     start, losses = time.time(), []
     first = int(state.step)
@@ -86,15 +91,19 @@ def main(_):
             if found != shards:
                 shards, pool = found, toy_pool.read(found[1:] or found, pool_cfg)
                 held_out = toy_pool.read(found[:1], pool_cfg)
-                val = [batch_of(np.random.default_rng(n), held_out, 32) for n in range(4)]
+                val = [batch_of(np.random.default_rng(n), held_out, cfg.batch) for n in range(6)]
                 logging.info("pool of %d videos", len(pool.scripts))
-        batch = batch_of(np.random.default_rng([cfg.seed, i]), pool, cfg.batch)
+        layout, batch = batch_of(np.random.default_rng([cfg.seed, i]), pool, cfg.batch)
         key = jax.random.fold_in(jax.random.key(cfg.seed), i)
-        state, value = step(state, batch, key, optimizer=optimizer, corruption=corruption)
+        settings = dict(layout=layout, corruption=corruption)
+        state, value = step(state, batch, key, optimizer=optimizer, **settings)
         losses.append(float(value))
         if (i + 1) % cfg.log_every == 0:
             keys = jax.random.split(jax.random.key(1), len(val))
-            held = [evaluate(state.ema, b, k, corruption=corruption) for b, k in zip(val, keys, strict=True)]
+            held = [
+                evaluate(state.ema, b, k, layout=layout, corruption=corruption)
+                for (layout, b), k in zip(val, keys, strict=True)
+            ]
             pace = (i + 1 - first) / (time.time() - start)
             message = "step %d  train %.4f  held out %.4f  %.2f steps/s"
             logging.info(message, i + 1, np.mean(losses), np.mean(held), pace)

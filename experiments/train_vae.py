@@ -5,7 +5,6 @@ Stop it at any time; the same command goes on from the last checkpoint. The movi
 WORKDIR/vae.safetensors with the latents' statistics in WORKDIR/statistics.json.
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -19,10 +18,11 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from longlive_jax import weights
+from longlive_jax import cache_dir, weights
 from longlive_jax.config import TINY_VAE
 from longlive_jax.data import toy_world
 from longlive_jax.train import vae as training
+from longlive_jax.train.linear_start import linear_start
 from longlive_jax.train.state import OptimizerConfig
 from longlive_jax.vae.vae import VAE, generate, posterior
 
@@ -31,9 +31,20 @@ _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/tiny_va
 
 
 def batches(cfg, seed: int):
-    """Endless uint8 clips that begin a video, some with a switch or a cut at a chunk boundary."""
-    recipe = toy_world.Recipe(cut_rate=0.1, two_things_rate=cfg.things)
-    return toy_world.clips(seed, batch=cfg.batch, chunks=cfg.chunks, recipe=recipe)
+    """Endless uint8 clips of one length, from anywhere in videos with switches and cuts.
+
+    Clips begin at multiples of four frames, so that a scene changes between two latents, as it does in a stream.
+    """
+    rng = np.random.default_rng(seed)
+    recipe = toy_world.Recipe(switch_rate=0.2, cut_rate=0.1, two_things_rate=cfg.two_things)
+
+    def clip():
+        script = toy_world.random_script(rng, 6, recipe)
+        start = 4 * int(rng.integers(0, 12)) * int(rng.random() < 0.75)
+        return toy_world.render(script, cfg.frames, start)
+
+    while True:
+        yield np.stack([clip() for _ in range(cfg.batch)])
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -55,13 +66,16 @@ def measure(flat, videos, cfg) -> tuple[float, dict[str, list[float]]]:
 
 
 def main(_):
+    cache_dir.enable()
     cfg, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
-    model = dataclasses.replace(TINY_VAE, **cfg.model.to_dict())
+    model = TINY_VAE
     optimizer, loss = OptimizerConfig(**cfg.optimizer), training.LossConfig(**cfg.loss)
     update = jax.jit(
         functools.partial(training.step, vae=model, loss_cfg=loss, cfg=optimizer), donate_argnums=0
     )
-    state = training.create(training.initial(model, jax.random.key(cfg.seed)), optimizer)
+    data = batches(cfg, cfg.seed + 1)
+    sample = np.concatenate([next(data) for _ in range(128 // cfg.batch)])
+    state = training.create(linear_start(model, sample, cfg.seed), optimizer)
     logging.info("%d parameters", sum(x.size for x in state.weights.values()))
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
@@ -69,11 +83,11 @@ def main(_):
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
         logging.info("resumed at step %d", state.step)
     first, start = int(state.step), time.time()
-    data, held = batches(cfg, cfg.seed + 1 + first), batches(cfg, 10**6)
-    held = [next(held)[0] for _ in range(64 // cfg.batch)]
+    held = batches(cfg, 10**6)
+    held = [next(held) for _ in range(64 // cfg.batch)]
     for i in range(first, optimizer.steps):
         key = jax.random.fold_in(jax.random.key(cfg.seed), i)
-        state, metrics = update(state, next(data)[0], key)
+        state, metrics = update(state, next(data), key)
         if (i + 1) % cfg.log_every == 0:
             psnr = [measure(flat, held, model)[0] for flat in (state.weights, state.ema)]
             message = "step %d  %.0f s  loss %.4f  KL %.2f  held out %.2f dB, averaged %.2f dB"

@@ -229,13 +229,12 @@ WAN22_VAE = VAEConfig(
 
 TINY_VAE = VAEConfig(
     latent_channels=16,
-    encoder_dim=32,
-    decoder_dim=24,
-    multipliers=(1, 2, 2),
+    encoder_dim=44,
+    decoder_dim=44,
+    multipliers=(1, 1, 1),
     res_blocks=1,
-    strides=((2, 2), (2, 1)),
-    patch=4,
-    shortcut=True,
+    strides=((2, 1), (2, 1)),
+    patch=8,
     attention=False,
     time_kernel=1,
 )
@@ -268,12 +267,19 @@ class StreamConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How one chunk is denoised."""
+    """How one chunk is denoised (`sampler.make`)."""
 
-    solver: str  # "unipc" (LongLive 2.0) or "renoise" (LongLive 1.0)
+    solver: str  # "unipc" (LongLive 2.0), "renoise" (LongLive 1.0) or "euler"
     steps: int
     shift: float
     guidance: float = 1.0
+    timesteps: tuple[int, ...] = ()  # of "renoise": falling from 1000; evenly spaced if empty
+    warp: bool = True  # whether these are places in the shifted table, or what the model is told
+
+    @property
+    def branches(self) -> int:
+        """Forwards per step, each with its own cache: 2 under guidance, the unconditional one included."""
+        return 1 if self.guidance == 1.0 else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,5 +315,49 @@ class ModelConfig:
         return self.stream.chunk * self.vae.time_stride
 
 
+def to_json(cfg: ModelConfig) -> dict:
+    """A config as plain dicts and lists."""
+    return dataclasses.asdict(cfg)
+
+
+def from_json(data: dict) -> ModelConfig:
+    """The inverse of `to_json`. Raises TypeError for fields that there are none of, KeyError for missing parts."""
+    parts = dict(dit=DiTConfig, vae=VAEConfig, text=TextConfig, stream=StreamConfig)
+    parts |= dict(sampler=SamplerConfig)
+    made = {name: kind(**_tuples(data[name])) for name, kind in parts.items()}
+    return ModelConfig(**(data | made))
+
+
+def _tuples(value):
+    """Lists as tuples, all the way down: configs are hashable."""
+    if isinstance(value, dict):
+        return {name: _tuples(part) for name, part in value.items()}
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
 UMT5_XXL = TextConfig(vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, layers=24)
 TINY_TEXT = TextConfig(vocab=128, dim=128, attn_dim=128, ffn_dim=256, heads=4, layers=2)
+
+# The model that ships with the package: 64×64 pictures of the toy world, which wraps around.
+TINY = ModelConfig(
+    name="tiny",
+    dit=DiTConfig(
+        dim=256,
+        ffn_dim=768,
+        heads=8,
+        layers=4,
+        channels=16,
+        text_dim=128,
+        text_len=40,
+        freq_dim=64,
+        rope_theta=1000.0,
+        rope_period=(4, 4),
+    ),
+    vae=TINY_VAE,
+    text=TINY_TEXT,
+    stream=StreamConfig(chunk=3, window=12, sink=3),
+    sampler=SamplerConfig(solver="unipc", steps=4, shift=3.0),
+    height=64,
+    width=64,
+    fps=16,
+)

@@ -7,7 +7,7 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         dict(
             seed=0,
-            batch=24,
+            batch=12,
             optimizer=dict(kind="muon", learning_rate=0.01, steps=6000),
             corruption=dict(shift=3.0),
             sequence=dict(),

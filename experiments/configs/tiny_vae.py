@@ -1,4 +1,4 @@
-"""The tiny VAE: short clips of the toy world, Muon."""
+"""The tiny VAE: short clips of the toy world, Muon, from a linear start."""
 
 import ml_collections
 
@@ -8,12 +8,11 @@ def get_config() -> ml_collections.ConfigDict:
         dict(
             seed=0,
             batch=8,
-            chunks=2,  # of three latents: clips of 21 frames
-            things=0.25,  # share of clips with two shapes
-            model=dict(),  # fields of TINY_VAE to replace
-            optimizer=dict(learning_rate=0.01, steps=1500, decay=0.5, ema=0.99),
+            frames=13,  # of a clip: four latents, the last with all of its context
+            two_things=0.25,  # share of clips with two shapes
+            optimizer=dict(learning_rate=0.006, warmup=20, steps=900, decay=0.6, ema=0.98),
             loss=dict(squared=4.0, kl=5e-4),
-            log_every=50,
+            log_every=25,
             save_every=100,
         )
     )

@@ -15,26 +15,34 @@ import numpy as np
 from longlive_jax.config import StreamConfig
 from longlive_jax.data import toy_world
 from longlive_jax.data.caption import CUT_PREFIX, caption
+from longlive_jax.train.teacher_forcing import Layout
 
 Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolConfig:
-    chunks: int = 24  # per video
+    chunks: int = 16  # per video
     recipe: toy_world.Recipe = toy_world.Recipe(
-        switch_rate=0.2, cut_rate=0.06, two_things_rate=0.06
+        switch_rate=0.24, cut_rate=0.06, two_things_rate=0.06
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceConfig:
-    """How training sequences are cut from videos."""
+    """How training sequences are cut from videos.
 
-    chunks: int = 5
-    start_share: float = 0.5  # begin at frame 0; the others are [first chunk, a gap, the rest], as the cache is later
-    recache: float = 0.75  # of the switches: the chunks before it are seen under the new prompt, as after a recache
-    drop: float = 0.08  # of the sequences: no prompt, for guidance
+    A sequence at the start is the first chunks of a video. A later one is what the cache holds by then: the first
+    chunk, a gap, and a run of chunks of which the last but one is where something happens.
+    """
+
+    start: Layout = Layout(clean=(0, 1, 2), noisy=(0, 0, 1, 2, 3))
+    later: Layout = Layout(clean=(0, 1, 2, 3), noisy=(3, 3, 3, 4, 4))
+    start_share: float = 0.35
+    event_share: float = 0.65  # of the later sequences have a switch or a cut at the last chunk but one
+    recache: float = 0.85  # of the switches: what came before is seen under the new prompt, as after a recache
+    full: float = 0.7  # of the sequences in which some noisy chunks would not count are dropped
+    drop: float = 0.06  # of the sequences: no prompt, for guidance
     far: float = 0.5  # of the gaps are stretched, up to `reach` latent frames
     reach: int = 1000
     prompts: int = 3  # at most, in one sequence
@@ -74,45 +82,67 @@ def read(paths: Sequence[pathlib.Path], cfg: PoolConfig) -> Pool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sequence:
-    chunks: list[int]
-    segment: list[int]  # of each chunk; its prompt when it is denoised
-    context: list[int]  # the segment whose prompt a chunk is seen under, once clean
-    position: np.ndarray  # temporal RoPE position of each latent frame
-    weight: list[float]
+class _Timeline:
+    """What a streaming run of a script would have seen, chunk by chunk, up to its last chunk."""
+
+    segment: list[int]  # in force at each chunk
+    context: list[int]  # whose prompt each chunk is remembered under
+    shot: list[int]
+    since: int  # the first chunk that was made under this memory
 
 
-def _cut(rng, script: toy_world.Script, cfg: SequenceConfig, total: int, stream: StreamConfig):
-    """One training sequence of a video, with the prompts that a streaming run would have had."""
-    whole = rng.random() < cfg.start_share
-    first = int(rng.integers(1, total - cfg.chunks + 2))
-    rest = range(first, first + cfg.chunks - 1)
-    chunks = list(range(cfg.chunks)) if whole else [0, *rest]
-    begins = {-(-s.start // (4 * stream.chunk)): i for i, s in enumerate(script.segments)}
-    segment, context, shot, shots, since = 0, [], 0, [], 0
-    of_chunk = []
-    for c in range(chunks[-1] + 1):
-        segment = begins.get(c, segment)
-        kind = script.segments[segment].kind if c in begins else ""
-        shot += kind == "cut"
-        if kind == "switch" and rng.random() < cfg.recache:
+def _replay(rng: np.random.Generator, script: toy_world.Script, chunks: int, recache: float):
+    starts = {chunk: i for i, (chunk, _, _) in enumerate(script.events())}
+    line = _Timeline([], [], [], 0)
+    for c in range(chunks):
+        segment = starts.get(c, line.segment[-1] if c else 0)
+        kind = script.segments[segment].kind if c in starts else ""
+        shot = (line.shot[-1] if c else 0) + (kind == "cut")
+        context, since = line.context, line.since
+        if kind == "switch" and rng.random() < recache:
             context, since = [segment] * c, c
-        context.append(segment)
-        of_chunk.append(segment)
-        shots.append(shot)
-    gap = 0
-    if not whole and rng.random() < cfg.far:
-        gap = int(np.exp(rng.uniform(0, np.log(cfg.reach))))
+        line = _Timeline([*line.segment, segment], [*context, segment], [*line.shot, shot], since)
+    return line
+
+
+def _choose(rng, script: toy_world.Script, total: int, cfg: SequenceConfig, start: bool):
+    """The chunks of a sequence."""
+    n = 1 + max((cfg.start if start else cfg.later).noisy)
+    if start:
+        return list(range(n))
+    first = range(1, total - n + 2)
+    happens = [chunk - n + 3 for chunk, kind, _ in script.events() if kind != "start"]
+    happens = [f for f in happens if f in first]
+    if happens and rng.random() < cfg.event_share:
+        first = happens
+    f = int(first[rng.integers(len(first))])
+    return [0, *range(f, f + n - 1)]
+
+
+def _cut(rng, script, total: int, cfg: SequenceConfig, start: bool, stream: StreamConfig):
+    """One training sequence of a script, or None where its prompts are too many or nothing is left to learn."""
+    chunks = _choose(rng, script, total, cfg, start)
+    line = _replay(rng, script, chunks[-1] + 1, cfg.recache)
+    layout = cfg.start if start else cfg.later
+    weight = [float(chunks[c] >= line.since) for c in layout.noisy]
+    used = sorted({line.segment[c] for c in chunks} | {line.context[c] for c in chunks})
+    idle = not all(weight) and rng.random() < cfg.full
+    if len(used) > cfg.prompts or idle or not any(weight):
+        return None
+    stretch = not start and rng.random() < cfg.far
+    gap = int(np.exp(rng.uniform(0, np.log(cfg.reach)))) if stretch else 0
     position = [
-        stream.chunk * c + n + stream.shot_offset * shots[c] + (gap if i else 0)
+        stream.chunk * c + n + stream.shot_offset * line.shot[c] + gap * (i > 0)
         for i, c in enumerate(chunks)
         for n in range(stream.chunk)
     ]
-    weight = [
-        float(c >= since and (whole or i > 1 or first == 1 and i)) for i, c in enumerate(chunks)
-    ]
-    pick = lambda x: [x[c] for c in chunks]  # noqa: E731
-    return _Sequence(chunks, pick(of_chunk), pick(context), np.array(position, np.float32), weight)
+    fields = dict(
+        position=np.array(position, np.float32),
+        clean_prompt=np.array([used.index(line.context[c]) for c in chunks], np.int32),
+        noisy_prompt=np.array([used.index(line.segment[c]) for c in chunks], np.int32),
+        weight=np.array(weight, np.float32),
+    )
+    return chunks, [script.segments[s] for s in used], fields
 
 
 def sample(
@@ -122,33 +152,24 @@ def sample(
     batch: int,
     cfg: SequenceConfig,
     stream: StreamConfig,
-) -> dict[str, np.ndarray]:
-    """The fields of a `teacher_forcing.Batch`."""
+) -> tuple[Layout, dict[str, np.ndarray]]:
+    """A batch of sequences of one kind: its layout, and the fields of a `teacher_forcing.Batch`."""
     total = pool.latents.shape[1] // stream.chunk
+    start = rng.random() < cfg.start_share
     rows, texts = [], []
     while len(rows) < batch:
         v = int(rng.integers(len(pool.scripts)))
-        script = pool.scripts[v]
-        cut = _cut(rng, script, cfg, total, stream)
-        used = sorted({*cut.segment, *cut.context})
-        if len(used) > cfg.prompts or not any(cut.weight):
+        cut = _cut(rng, pool.scripts[v], total, cfg, start, stream)
+        if cut is None:
             continue
-        frames = np.concatenate([np.arange(stream.chunk) + stream.chunk * c for c in cut.chunks])
-        rows.append(
-            dict(
-                latents=pool.latents[v, frames].astype(np.float32),
-                position=cut.position,
-                clean_prompt=np.array([used.index(s) for s in cut.context], np.int32),
-                noisy_prompt=np.array([used.index(s) for s in cut.segment], np.int32),
-                weight=np.array(cut.weight, np.float32),
-            )
-        )
-        said = [_say(rng, script.segments[s]) for s in used]
-        said = [""] * len(said) if rng.random() < cfg.drop else said
+        chunks, segments, fields = cut
+        frames = np.concatenate([np.arange(stream.chunk) + stream.chunk * c for c in chunks])
+        rows.append(fields | dict(latents=pool.latents[v, frames].astype(np.float32)))
+        said = [""] * len(segments) if rng.random() < cfg.drop else [_say(rng, s) for s in segments]
         texts += said + [""] * (cfg.prompts - len(said))
-    ids = tokenizer(texts)[0]
+    ids = tokenizer(texts)[0].reshape(batch, cfg.prompts, -1)
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return fields | {"ids": ids.reshape(batch, cfg.prompts, -1)}
+    return (cfg.start if start else cfg.later), fields | {"ids": ids}
 
 
 def _say(rng: np.random.Generator, segment: toy_world.Segment) -> str:

@@ -97,7 +97,10 @@ def _stamps() -> tuple[np.ndarray, np.ndarray]:
 _OFFSETS, _ALPHA = _stamps()
 
 
-def displacement(motion: str, tau: np.ndarray) -> Float[np.ndarray, "t 2"]:
+Times = int | np.integer | np.ndarray
+
+
+def displacement(motion: str, tau: Times) -> Float[np.ndarray, "*t 2"]:
     """Displacement (x right, y down; pixels) `tau` frames after the motion began."""
     tau, zero = np.asarray(tau, np.float64), np.zeros(np.shape(tau))
     if motion == "bounces":
@@ -135,7 +138,7 @@ class Segment:
     origins: tuple[tuple[float, float], ...]
     began: tuple[int, ...]
 
-    def position(self, thing: int, frame) -> Float[np.ndarray, "*t 2"]:
+    def position(self, thing: int, frame: Times) -> Float[np.ndarray, "*t 2"]:
         """Where a thing's centroid is (x, y) at a frame, not yet wrapped."""
         moved = displacement(self.scene.things[thing].motion, np.asarray(frame) - self.began[thing])
         return np.asarray(self.origins[thing]) + moved
@@ -171,14 +174,15 @@ def draw_switch(rng: np.random.Generator, scene: Scene, attribute: str | None = 
     """The scene with one attribute (evenly drawn if not named) changed, never to an unseen pair."""
     attribute = attribute or ATTRIBUTES[int(rng.integers(len(ATTRIBUTES)))]
     thing = int(rng.integers(len(scene.things)))
-    choices = []
-    for value in VALUES[attribute]:
-        new = scene.change(attribute, value, thing)
-        pairs = [(t.colour, t.shape) for t in new.things]
-        distinct = len({t.colour for t in new.things}) == len(new.things)
-        if new != scene and distinct and not set(pairs) & set(UNSEEN_PAIRS):
-            choices.append(new)
-    return choices[int(rng.integers(len(choices)))]
+    now, others = scene.things[thing], scene.things[:thing] + scene.things[thing + 1 :]
+    taken = {scene.value(attribute, thing)}
+    if attribute == "colour":
+        taken |= {other.colour for other in others}
+        taken |= {colour for colour, shape in UNSEEN_PAIRS if shape == now.shape}
+    if attribute == "shape":
+        taken |= {shape for colour, shape in UNSEEN_PAIRS if colour == now.colour}
+    free = [value for value in VALUES[attribute] if value not in taken]
+    return scene.change(attribute, free[int(rng.integers(len(free)))], thing)
 
 
 def opening(rng: np.random.Generator, scene: Scene, text: str, frame: int = 0) -> Segment:

@@ -39,8 +39,9 @@ def empty(
 ) -> KVCache:
     """A cache of `stream.window` slots of `tokens` tokens."""
     shape = (cfg.layers, batch, stream.window, tokens, cfg.heads, cfg.head_dim)
-    slots = jnp.full((batch, stream.window), EMPTY, jnp.int32)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, slots)
+    k, v = (jnp.zeros(shape, dtype) for _ in range(2))  # buffers of their own: a cache is donated
+    labels = (jnp.full((batch, stream.window), EMPTY, jnp.int32) for _ in range(3))
+    return KVCache(k, v, *labels)
 
 
 def choose(cache: KVCache, frames: int, sink: int) -> Int[Array, "b f"]:

@@ -4,7 +4,7 @@ Every latent frame of a sequence carries a label: is it noisy, which chunk is it
 boolean matrix over these labels, and one rule makes all of them:
 
     clean → clean   key chunk <= query chunk          noisy → clean   key chunk < query chunk
-    noisy → noisy   same chunk                        clean → noisy   never
+    noisy → noisy   same chunk, same copy             clean → noisy   never
 
 For two chunks of one frame, teacher forcing over [clean; noisy] is (rows query, columns key):
 
@@ -32,27 +32,30 @@ class Labels:
     noisy: tuple[bool, ...]
     chunk: tuple[int, ...]
     frame: tuple[int, ...]  # position in the video
+    copy: tuple[int, ...]  # noisy copies of a chunk do not see each other
 
     def __post_init__(self):
-        if not len(self.noisy) == len(self.chunk) == len(self.frame):
-            raise ValueError("labels need one flag, one chunk and one frame per entry")
+        if not len(self.noisy) == len(self.chunk) == len(self.frame) == len(self.copy):
+            raise ValueError("labels need a flag, a chunk, a frame and a copy for every entry")
 
     def __add__(self, other: Labels) -> Labels:
-        return Labels(self.noisy + other.noisy, self.chunk + other.chunk, self.frame + other.frame)
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Labels(*(a + b for a, b in pairs))
 
     def __getitem__(self, part: slice) -> Labels:
-        return Labels(self.noisy[part], self.chunk[part], self.frame[part])
+        return Labels(*(x[part] for x in dataclasses.astuple(self)))
 
 
 def clean(frames: int, chunk: int, *, first: int | None = None) -> Labels:
     """A clean video. `first` is the length of the first chunk where it differs (1: an image)."""
     first = chunk if first is None else first
     of_frame = tuple(0 if f < first else 1 + (f - first) // chunk for f in range(frames))
-    return Labels((False,) * frames, of_frame, tuple(range(frames)))
+    return Labels((False,) * frames, of_frame, tuple(range(frames)), (0,) * frames)
 
 
-def as_noisy(labels: Labels) -> Labels:
-    return dataclasses.replace(labels, noisy=(True,) * len(labels.noisy))
+def as_noisy(labels: Labels, copy: int = 0) -> Labels:
+    count = len(labels.frame)
+    return dataclasses.replace(labels, noisy=(True,) * count, copy=(copy,) * count)
 
 
 def teacher_forcing(video: Labels) -> Labels:
@@ -77,10 +80,10 @@ def table(labels: Labels, *, window: int | None = None, sink: int = 0) -> np.nda
     (LongLive 1.0 `_prepare_blockwise_causal_attn_mask`). sink: first frames that stay visible once the window has
     left them; they take their room from it, as in the streaming cache.
     """
-    noisy, chunk, frame = (np.array(x) for x in (labels.noisy, labels.chunk, labels.frame))
+    noisy, chunk, frame, copy = (np.array(x) for x in dataclasses.astuple(labels))
     q, k = np.s_[:, None], np.s_[None, :]
     past = np.where(noisy[q], chunk[k] < chunk[q], chunk[k] <= chunk[q]) & ~noisy[k]
-    own = noisy[q] & noisy[k] & (chunk[q] == chunk[k])
+    own = noisy[q] & noisy[k] & (chunk[q] == chunk[k]) & (copy[q] == copy[k])
     if window is None:
         return past | own
     end = np.array([frame[chunk == c].max() + 1 for c in chunk])

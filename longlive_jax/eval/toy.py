@@ -16,6 +16,7 @@ from longlive_jax.data.caption import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Sce
 from longlive_jax.data.toy_world import BACKDROPS, CIRCLE_FRAMES, RGB, SIZE, displacement, inside
 
 BRIGHT = 0.5  # of full scale: backgrounds stay below 0.31, objects have a channel above 0.84
+DARK = 0.3  # where a pixel begins to count as partly covered by the object
 AREA = (100, 620)  # pixels of a readable object; the drawn ones have 250 to 290
 OVERLAP = 0.6  # intersection over union with the best template of a readable object
 JUMP = 5.0  # pixels a frame; a velocity error beyond it (a glitch) counts no more than this
@@ -62,24 +63,32 @@ def blob(bright: Bool[np.ndarray, "t 64 64"]) -> Bool[np.ndarray, "t 64 64"]:
 class Track:
     """The object in every frame: whether readable, where (x, y), its pixels and shape overlaps."""
 
-    readable: Bool[np.ndarray, "t"]
+    readable: Bool[np.ndarray, " t"]
     place: Float[np.ndarray, "t 2"]
     mask: Bool[np.ndarray, "t 64 64"]
     overlap: Float[np.ndarray, "t shape"]
 
 
 def track(frames: UInt8[np.ndarray, "t 64 64 3"]) -> Track:
-    """Follows the object through the frames."""
-    mask = blob(frames.max(-1) > BRIGHT * 255)
-    area = mask.sum((1, 2))
-    x = np.angle((mask.sum(1) * _PHASE).sum(-1)) / (2 * np.pi) * SIZE
-    y = np.angle((mask.sum(2) * _PHASE).sum(-1)) / (2 * np.pi) * SIZE
+    """Follows the object through the frames.
+
+    Place, area and overlap weigh a pixel by its brightness between `DARK` and the object's mean,
+    so that a rim half covered counts half.
+    """
+    value = frames.max(-1) / 255.0
+    mask = blob(value > BRIGHT)
+    mean = (value * mask).sum((1, 2)) / np.maximum(mask.sum((1, 2)), 1)
+    ramp = (value - DARK) / np.maximum(mean - DARK, BRIGHT - DARK)[:, None, None]
+    cover = np.clip(ramp, 0, 1) * _grow(mask)
+    area = cover.sum((1, 2))
+    x = np.angle((cover.sum(1) * _PHASE).sum(-1)) / (2 * np.pi) * SIZE
+    y = np.angle((cover.sum(2) * _PHASE).sum(-1)) / (2 * np.pi) * SIZE
     dx, dy = _wrap(_PIXEL - x[:, None])[:, None, :], _wrap(_PIXEL - y[:, None])[:, :, None]
     overlap = np.empty((len(frames), len(SHAPES)))
     for i, shape in enumerate(SHAPES):
-        template = inside(shape, dx, dy, area[:, None, None].astype(np.float64)) > 0
-        union = (template | mask).sum((1, 2))
-        overlap[:, i] = (template & mask).sum((1, 2)) / np.maximum(union, 1)
+        template = np.clip(inside(shape, dx, dy, area[:, None, None]) + 0.5, 0, 1)
+        union = np.maximum(template, cover).sum((1, 2))
+        overlap[:, i] = np.minimum(template, cover).sum((1, 2)) / np.maximum(union, 1)
     readable = (area >= AREA[0]) & (area <= AREA[1]) & (overlap.max(-1) >= OVERLAP)
     return Track(readable, np.stack([x, y], -1), mask, overlap)
 

@@ -44,7 +44,7 @@ _BYTES = {_windows_1252(byte): byte for byte in range(0x80, 0x100)}
 _FROM_C1 = {byte: _windows_1252(byte) for byte in range(0x80, 0xA0)}
 _TAIL = "[" + "".join(re.escape(_windows_1252(byte)) for byte in range(0x80, 0xC0)) + "]"
 # Only lead bytes that are rare before such characters in real text: not é, which "café’”" has.
-_MOJIBAKE = re.compile(f"[ÂÃ]{_TAIL}|â{_TAIL}{{2}}|ð{_TAIL}{{3}}")
+_MOJIBAKE = re.compile(f"Â[\xa0-\xbf]|Ã{_TAIL}|â{_TAIL}{{2}}|ð{_TAIL}{{3}}")
 
 
 def _decode(match: re.Match[str]) -> str:
@@ -64,10 +64,10 @@ def _replacements() -> dict[int, str]:
     table |= {code: "'" for code in (0x02BC, *range(0x2018, 0x201C))}
     table |= {code: '"' for code in range(0x201C, 0x2020)}
     widths = (0x3000, *range(0xFF01, 0xFFF0))
-    ligatures = (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
+    ligatures = (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
     for code in (*widths, *ligatures, *range(0xFB00, 0xFB07)):
         table[code] = unicodedata.normalize("NFKC", chr(code))
-    return table
+    return table | {0x149: "'n"}
 
 
 _REPLACE = _replacements()

@@ -81,14 +81,6 @@ def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def initial(cfg: VAEConfig, key: jax.Array) -> VAE:
-    """A VAE that starts near a plain average: resampling copies, and the posterior is narrow."""
-    vae = VAE(cfg, rngs=nnx.Rngs(key))
-    bias = vae.conv1.bias[...]
-    vae.conv1.bias[...] = bias.at[cfg.latent_channels :].set(-4.0)
-    return vae
-
-
 def create(vae: VAE, cfg: OptimizerConfig) -> TrainState:
     flat = weights.flatten(vae)
     copy = jax.tree.map(jnp.copy, flat)

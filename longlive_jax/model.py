@@ -1,0 +1,173 @@
+"""A whole text-to-video system: its weights, where they come from, and the loop that plays them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from longlive_jax import config, sampler, session, timeline, weights
+from longlive_jax.config import ModelConfig
+from longlive_jax.dit.model import DiT, TextKV
+from longlive_jax.errors import InputError
+from longlive_jax.events import Event, in_order
+from longlive_jax.text import tokenizer
+from longlive_jax.text.encoder import TextEncoder
+from longlive_jax.text.umt5 import UMT5
+from longlive_jax.vae.vae import VAE
+
+CUT_PREFIX = "The scene transitions. "  # LongLive 2.0 section 4.2
+SHIPPED = pathlib.Path(__file__).parent / "models"
+PARTS = ("dit", "text", "vae")
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """A change of prompt, and when the first frame under it begins."""
+
+    prompt: str
+    time_s: float
+    applied_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of video as it comes."""
+
+    index: int
+    frames: UInt8[np.ndarray, "t H W 3"]
+    prompt: str  # in force
+    denoise_s: float  # seconds until the latents were there
+    applied: tuple[Applied, ...]  # changes that begin here
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Weights and config. Everything that changes while a video is made is in a `session.Session`."""
+
+    config: ModelConfig
+    dit: DiT
+    vae: VAE
+    text: TextEncoder
+
+    def prompt_kv(self, prompts: Sequence[str]) -> TextKV:
+        """Cross-attention keys and values of one prompt per video, the unconditional rows after them under guidance."""
+        branches = self.config.sampler.branches
+        rows = [*prompts, *[""] * len(prompts) * (branches - 1)]
+        return _text_kv(self.dit, self.text(rows))
+
+    def stream(
+        self,
+        prompt: str,
+        seconds: float = 10.0,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        events: Sequence[Event] = (),
+    ) -> Iterator[Chunk]:
+        """Makes a video chunk by chunk; together the chunks have exactly round(seconds * fps) frames.
+
+        An event applies at the first chunk whose first frame is at or after its time. A "switch" re-reads the window
+        under the new prompt (recache); a "cut" starts a new shot, with `CUT_PREFIX` before the prompt.
+
+        Raises:
+          InputError: the prompt is empty, or the length or an event makes no sense.
+        """
+        if not prompt.strip():
+            raise InputError("the prompt is empty")
+        events = in_order(events, seconds)
+        total = timeline.frame_count(self.config, seconds)
+        starts = [0, *timeline.chunk_starts(self.config, total)]
+        return self._play(prompt, starts, total, seed, self._solver(steps), list(events))
+
+    def _solver(self, steps: int | None) -> sampler.Solver:
+        cfg = self.config.sampler
+        return sampler.make(cfg if steps is None else dataclasses.replace(cfg, steps=steps))
+
+    def _play(self, prompt, starts, total, seed, solver, events) -> Iterator[Chunk]:
+        cfg = self.config
+        state = session.begin(cfg, self.vae, batch=1, seed=seed)
+        text = self.prompt_kv([prompt])
+        for index, first in enumerate(starts):
+            applied = []
+            while events and events[0].time_s * cfg.fps <= first:
+                event = events.pop(0)
+                prompt = event.prompt
+                state, text = self.change(state, event.kind, [prompt])
+                applied.append(Applied(prompt, event.time_s, first / cfg.fps))
+            start = time.perf_counter()
+            state, latents = self.next_latents(state, text, solver)
+            jax.block_until_ready(latents)
+            spent = time.perf_counter() - start
+            state, pixels = session.decode(self.vae, state, latents, first=index == 0)
+            frames = np.asarray(pixels)[0, : total - first]
+            yield Chunk(index, frames, prompt, spent, tuple(applied))
+
+    def next_latents(self, state: session.Session, text: TextKV, solver: sampler.Solver):
+        """The next chunk's latents, and the session that remembers them."""
+        noise = session.noise(state, self.config.stream.chunk)
+        return session.generate(
+            self.dit,
+            state,
+            text,
+            noise,
+            stream=self.config.stream,
+            solver=solver,
+            guidance=self.config.sampler.guidance,
+        )
+
+    def change(
+        self, state: session.Session, kind: str, prompts: Sequence[str]
+    ) -> tuple[session.Session, TextKV]:
+        """Puts new prompts in force from the next chunk on: a "switch" or a "cut"."""
+        if kind == "cut":
+            text = self.prompt_kv([CUT_PREFIX + prompt for prompt in prompts])
+            return dataclasses.replace(state, shot=state.shot + 1), text
+        text = self.prompt_kv(prompts)
+        return session.recache(self.dit, state, text, stream=self.config.stream), text
+
+
+@jax.jit
+def _text_kv(dit: DiT, text: jax.Array) -> TextKV:
+    return dit.text_kv(text[:, None])
+
+
+def load(name: str = "tiny") -> Model:
+    """The model that ships with the package ("tiny"), or one in a folder: config.json, weights, tokenizer.
+
+    Raises:
+      InputError: there is no such model, or a part of it is missing or broken.
+    """
+    folder = SHIPPED / name if name == "tiny" else pathlib.Path(name)
+    try:
+        cfg = config.from_json(json.loads((folder / "config.json").read_text("utf-8")))
+        flat = {part: weights.load(folder / f"{part}.safetensors") for part in PARTS}
+        words = tokenizer.load(folder, cfg.dit.text_len)
+    except FileNotFoundError as error:
+        raise InputError(f'"{name}" is no model: {pathlib.Path(error.filename).name} is missing') from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'the model in "{name}" cannot be read: {error}') from error
+    build = {
+        "dit": lambda: DiT(cfg.dit, rngs=nnx.Rngs(0)),
+        "text": lambda: UMT5(cfg.text, rngs=nnx.Rngs(0)),
+        "vae": lambda: VAE(cfg.vae, rngs=nnx.Rngs(0)),
+    }
+    parts = {p: weights.unflatten(nnx.eval_shape(build[p]), flat[p]) for p in PARTS}
+    text = TextEncoder(parts["text"], words, cfg.dit.text_len)
+    return Model(cfg, parts["dit"], parts["vae"], text)
+
+
+def save(folder: pathlib.Path, cfg: ModelConfig, flat: dict[str, weights.Weights], dtype=jnp.bfloat16) -> None:
+    """Writes config and weights of a model; its tokenizer is a file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        weights.save(folder / f"{part}.safetensors", flat[part], dtype)
+    (folder / "config.json").write_text(json.dumps(config.to_json(cfg), indent=1) + "\n", "utf-8")

@@ -1,0 +1,94 @@
+"""Streams of the tests: sessions of small models, and single forwards over the slot cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longlive_jax import session as sessions
+from longlive_jax.config import TINY_TEXT, ModelConfig, SamplerConfig, StreamConfig, VAEConfig
+from longlive_jax.dit import cache as slots
+from longlive_jax.dit.attention import Cached, LayerCache
+from longlive_jax.dit.rope import phases
+from longlive_jax.vae.vae import VAE
+
+GRID = (4, 4)  # latent rows and columns: 2 x 2 tokens
+TOKENS = 4
+SMALL_VAE = VAEConfig(
+    latent_channels=4,
+    encoder_dim=8,
+    decoder_dim=8,
+    multipliers=(1, 1, 1),
+    res_blocks=1,
+    strides=((2, 1), (2, 1)),
+    patch=2,
+    attention=False,
+    time_kernel=1,
+    shortcut=True,
+)
+
+
+def model(dit, stream: StreamConfig, sampler: SamplerConfig) -> ModelConfig:
+    height, width = (n * SMALL_VAE.space_stride for n in GRID)
+    return ModelConfig("test", dit.cfg, SMALL_VAE, TINY_TEXT, stream, sampler, height, width, 16)
+
+
+def randomly(build):
+    """The module that `build` makes of `nnx.Rngs`, with random weights that nothing is compiled for."""
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        fan_in = np.prod(x.shape[:-1][-4:]) if len(x.shape) > 1 else 25.0
+        return jnp.asarray(rng.normal(size=x.shape) / fan_in**0.5, x.dtype)
+
+    return jax.tree.map(draw, abstract)
+
+
+@functools.cache
+def vae() -> VAE:
+    return randomly(lambda rngs: VAE(SMALL_VAE, rngs=rngs))
+
+
+def begin(dit, stream: StreamConfig, sampler: SamplerConfig, *, batch=1, seed=0) -> sessions.Session:
+    return sessions.begin(model(dit, stream, sampler), vae(), batch, seed)
+
+
+@jax.jit
+def text(dit, context):
+    """Prompts b l c, one for all of a row's tokens."""
+    return dit.text_kv(context[:, None])
+
+
+@functools.partial(jax.jit, static_argnames=("frames", "sink"))
+def claim(cache, start, chunk, *, frames, sink):
+    """Labels the slots of the next chunk."""
+    taken = slots.choose(cache, frames, sink)
+    return taken, slots.claim(cache, taken, start, chunk, jnp.zeros(taken.shape[0], jnp.int32))
+
+
+@jax.jit
+def call(dit, cache, taken, visible, position, x, t, text):
+    """One forward of latents b f h w c that see the slots `visible` (b slots): velocity and cache."""
+    rows, columns = (n // 2 for n in x.shape[2:4])
+    angles = phases(dit.cfg, position, rows, columns)
+    visible = jnp.repeat(visible[:, None], x.shape[1], 1)
+    state = LayerCache(cache.k, cache.v, jnp.zeros((), jnp.int32))
+    v, state = dit(x, t, text, Cached(angles, taken, visible), state)
+    return v, dataclasses.replace(cache, k=state.k, v=state.v)
+
+
+def by_frame(cache, x, row=0) -> dict[int, np.ndarray]:
+    """Latent frame -> what `x` (keys or values, layers b slots …) holds of it."""
+    x, frames = np.asarray(x), np.asarray(cache.frame[row])
+    return {int(frame): x[:, row, slot] for slot, frame in enumerate(frames) if frame >= 0}
+
+
+def attended(cache) -> list[list[int]]:
+    """The frames in each row's cache, sorted."""
+    return [sorted(int(f) for f in row if f >= 0) for row in np.asarray(cache.frame)]
