@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from longlive_jax import weights
+from longlive_jax import cache_dir, weights
 from longlive_jax.config import TINY
 from longlive_jax.data import toy_pool
 from longlive_jax.dit.model import DiT
@@ -59,6 +59,7 @@ def evaluate(flat, batch, key, *, layout, corruption):
 
 
 def main(_):
+    cache_dir.enable()
     cfg, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
     optimizer = train_state.OptimizerConfig(**cfg.optimizer)
     corruption = tf.CorruptionConfig(**cfg.corruption)

@@ -74,7 +74,7 @@ def main(_):
         functools.partial(training.step, vae=model, loss_cfg=loss, cfg=optimizer), donate_argnums=0
     )
     data = batches(cfg, cfg.seed + 1)
-    sample = np.concatenate([next(data) for _ in range(128 // cfg.batch)])
+    sample = np.concatenate([next(data) for _ in range(48 // cfg.batch)])
     state = training.create(linear_start(model, sample, cfg.seed), optimizer)
     logging.info("%d parameters", sum(x.size for x in state.weights.values()))
     options = ocp.CheckpointManagerOptions(max_to_keep=1)

@@ -139,9 +139,9 @@ def run_eval(values: flags.FlagValues, load: Load) -> None:
     target = report_path(values) or output.STDOUT
     output.check_report(target)
 
-    from longlive_jax.eval import toy  # imports JAX
+    from longlive_jax.eval import run  # imports JAX
 
-    scores = toy.evaluate(load(values.model), steps=values.steps, seed=values.seed)
+    scores = run.toy(load(values.model), steps=values.steps, seed=values.seed)
     output.write_report(target, json.dumps(scores, indent=2) + "\n")
 
 

@@ -46,7 +46,7 @@ class VAEConfig:
     patch: int = 1  # pixels folded into channels before the first convolution
     shortcut: bool = False  # the 2.2 averaging / duplicating shortcuts around whole levels
     attention: bool = True  # self-attention over one frame in the middle block
-    time_kernel: int = 3  # frames that a residual convolution sees; 1 leaves time to the resampling
+    kernel: tuple[int, int] = (3, 3)  # (time, space) of the convolutions that keep the resolution
     mean: tuple[float, ...] = ()  # latent statistics, one number per channel
     std: tuple[float, ...] = ()
 
@@ -236,7 +236,43 @@ TINY_VAE = VAEConfig(
     strides=((2, 1), (2, 1)),
     patch=8,
     attention=False,
-    time_kernel=1,
+    kernel=(1, 3),
+    mean=(
+        0.5576,
+        0.0719,
+        -0.0824,
+        -0.0533,
+        0.0503,
+        -0.0166,
+        0.0143,
+        -0.0871,
+        0.0412,
+        -0.0394,
+        -0.0547,
+        0.0469,
+        -0.0483,
+        0.0582,
+        0.0329,
+        0.0428,
+    ),
+    std=(
+        1.5918,
+        1.6600,
+        1.7323,
+        1.4208,
+        1.3003,
+        1.5413,
+        1.3052,
+        1.2841,
+        1.2038,
+        1.2325,
+        1.2000,
+        1.3107,
+        1.1863,
+        1.4010,
+        1.2844,
+        1.2626,
+    ),
 )
 
 
@@ -360,4 +396,34 @@ TINY = ModelConfig(
     height=64,
     width=64,
     fps=16,
+)
+
+# LongLive 1.0: chunks of 3, a window of 12 with 3 of sink (section 3.3), four re-noised steps.
+WAN21_T2V_1_3B = ModelConfig(
+    name="wan21_t2v_1_3b",
+    dit=DiTConfig(
+        dim=1536, ffn_dim=8960, heads=12, layers=30, channels=16, text_dim=4096, text_len=512
+    ),
+    vae=WAN21_VAE,
+    text=UMT5_XXL,
+    stream=StreamConfig(chunk=3, window=12, sink=3),
+    sampler=SamplerConfig(solver="renoise", steps=4, shift=5.0),
+    height=480,
+    width=832,
+    fps=16,
+)
+
+# LongLive 2.0: chunks of 8, a window of 32 with 8 of sink, UniPC (section 4.2, appendix I).
+WAN22_TI2V_5B = ModelConfig(
+    name="wan22_ti2v_5b",
+    dit=DiTConfig(
+        dim=3072, ffn_dim=14336, heads=24, layers=30, channels=48, text_dim=4096, text_len=512
+    ),
+    vae=WAN22_VAE,
+    text=UMT5_XXL,
+    stream=StreamConfig(chunk=8, window=32, sink=8),
+    sampler=SamplerConfig(solver="unipc", steps=4, shift=5.0),
+    height=704,
+    width=1280,
+    fps=24,
 )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from longlive_jax import config, sampler, session, timeline, weights
 from longlive_jax.config import ModelConfig
@@ -86,9 +86,10 @@ class Model:
         events = in_order(events, seconds)
         total = timeline.frame_count(self.config, seconds)
         starts = [0, *timeline.chunk_starts(self.config, total)]
-        return self._play(prompt, starts, total, seed, self._solver(steps), list(events))
+        return self._play(prompt, starts, total, seed, self.solver(steps), list(events))
 
-    def _solver(self, steps: int | None) -> sampler.Solver:
+    def solver(self, steps: int | None = None) -> sampler.Solver:
+        """The config's solver, with its own number of steps or another."""
         cfg = self.config.sampler
         return sampler.make(cfg if steps is None else dataclasses.replace(cfg, steps=steps))
 
@@ -101,7 +102,8 @@ class Model:
             while events and events[0].time_s * cfg.fps <= first:
                 event = events.pop(0)
                 prompt = event.prompt
-                state, text = self.change(state, event.kind, [prompt])
+                whole = CUT_PREFIX + prompt if event.kind == "cut" else prompt
+                state, text = self.change(state, event.kind, [whole])
                 applied.append(Applied(prompt, event.time_s, first / cfg.fps))
             start = time.perf_counter()
             state, latents = self.next_latents(state, text, solver)
@@ -125,14 +127,21 @@ class Model:
         )
 
     def change(
-        self, state: session.Session, kind: str, prompts: Sequence[str]
+        self,
+        state: session.Session,
+        kind: str,
+        prompts: Sequence[str],
+        rows: Bool[np.ndarray, " b"] | None = None,
     ) -> tuple[session.Session, TextKV]:
-        """Puts new prompts in force from the next chunk on: a "switch" or a "cut"."""
-        if kind == "cut":
-            text = self.prompt_kv([CUT_PREFIX + prompt for prompt in prompts])
-            return dataclasses.replace(state, shot=state.shot + 1), text
+        """Puts prompts in force from the next chunk on, by a "switch" or a "cut".
+
+        prompts: of every video, whole. rows: the videos that change; the others keep their memory. None is all.
+        """
         text = self.prompt_kv(prompts)
-        return session.recache(self.dit, state, text, stream=self.config.stream), text
+        rows = jnp.ones(len(prompts), bool) if rows is None else jnp.asarray(rows)
+        if kind == "cut":
+            return dataclasses.replace(state, shot=state.shot + rows), text
+        return session.recache(self.dit, state, text, rows, stream=self.config.stream), text
 
 
 @jax.jit

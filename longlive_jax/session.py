@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from longlive_jax import sampler
 from longlive_jax.config import ModelConfig, StreamConfig
@@ -60,7 +60,7 @@ def begin(model: ModelConfig, vae: VAE, batch: int, seed: int, dtype=jnp.float32
     )
 
 
-def noise(session: Session, frames: int, step: int = 0) -> Latents:
+def noise(session: Session, frames: int, step: int | Int[Array, ""] = 0) -> Latents:
     """Normal noise of the next chunk's `step`."""
     key = jax.random.fold_in(jax.random.fold_in(session.key, session.chunk), step)
     b, _, *grid = session.held.shape
@@ -154,11 +154,13 @@ def _angles(
 
 
 @functools.partial(jax.jit, static_argnames="stream", donate_argnames="session")
-def recache(dit: DiT, session: Session, text: TextKV, *, stream: StreamConfig) -> Session:
+def recache(
+    dit: DiT, session: Session, text: TextKV, which: Bool[Array, " b"], *, stream: StreamConfig
+) -> Session:
     """Re-reads every held frame under a new prompt, each chunk seeing itself and what came before it.
 
     LongLive 1.0 section 3.1 (KV recache), in the causal layout that the paper describes. One clean pass over the window;
-    frames keep their slot, position and shot.
+    frames keep their slot, position and shot. `which` videos do so; the others keep their memory as it is.
     """
     cache = session.cache
     rows, count = cache.frame.shape
@@ -168,7 +170,9 @@ def recache(dit: DiT, session: Session, text: TextKV, *, stream: StreamConfig) -
     held = jnp.tile(session.held, (rows // session.held.shape[0], 1, 1, 1, 1))
     kv = LayerCache(cache.k, cache.v, jnp.zeros((), jnp.int32))
     _, kv = dit(held, jnp.zeros((rows, 1)), text, attn, kv)
-    return dataclasses.replace(session, cache=dataclasses.replace(cache, k=kv.k, v=kv.v))
+    which = jnp.tile(which, rows // which.shape[0])[None, :, None, None, None, None]
+    k, v = jnp.where(which, kv.k, cache.k), jnp.where(which, kv.v, cache.v)
+    return dataclasses.replace(session, cache=dataclasses.replace(cache, k=k, v=v))
 
 
 @functools.partial(jax.jit, donate_argnames="session", static_argnames="first")

@@ -28,7 +28,7 @@ SMALL_VAE = VAEConfig(
     strides=((2, 1), (2, 1)),
     patch=2,
     attention=False,
-    time_kernel=1,
+    kernel=(1, 3),
     shortcut=True,
 )
 
@@ -55,7 +55,9 @@ def vae() -> VAE:
     return randomly(lambda rngs: VAE(SMALL_VAE, rngs=rngs))
 
 
-def begin(dit, stream: StreamConfig, sampler: SamplerConfig, *, batch=1, seed=0) -> sessions.Session:
+def begin(
+    dit, stream: StreamConfig, sampler: SamplerConfig, *, batch=1, seed=0
+) -> sessions.Session:
     return sessions.begin(model(dit, stream, sampler), vae(), batch, seed)
 
 

@@ -43,7 +43,11 @@ def channel_last(x):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_call(golden, facts, name):
-    case, cfg, dit = golden("longlive2", name), facts("longlive2", name)["config"], wan.longlive2("gen")
+    case, cfg, dit = (
+        golden("longlive2", name),
+        facts("longlive2", name)["config"],
+        wan.longlive2("gen"),
+    )
     log = json.loads((wan.GOLDEN / "longlive2" / "attended.json").read_text())[name]
     stream, per_chunk = layout(cfg), len(cfg["denoise_timesteps"]) + 1
     offsets = cfg["rope_offset_per_chunk"] or [0] * cfg["chunks"]

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import fake
 import numpy as np
@@ -194,10 +193,10 @@ def test_bench_needs_two_chunks(longlive):
 
 
 def test_eval_hands_model_steps_and_seed_to_the_suite(longlive, monkeypatch):
-    suite = types.ModuleType("longlive_jax.eval.toy")
-    suite.evaluate = lambda model, steps, seed: {"fps": model.config.fps, "given": [steps, seed]}
-    monkeypatch.setitem(sys.modules, "longlive_jax.eval.toy", suite)
-    monkeypatch.setattr("longlive_jax.eval.toy", suite, raising=False)
+    def toy(model, steps, seed):
+        return {"fps": model.config.fps, "given": [steps, seed]}
+
+    monkeypatch.setattr("longlive_jax.eval.run.toy", toy)
     code, out, err = longlive("eval", "--suite", "toy", "--steps", "4", "--seed", "1")
     assert code == 0, err
     assert json.loads(out) == {"fps": 16, "given": [4, 1]}

@@ -33,7 +33,7 @@ def windows(count: int, frames: int, seed: int):
 def test_ground_truth(frames, look):
     rng = np.random.default_rng(0)
     hits = []
-    for scene, video in windows(60, frames, frames):
+    for scene, video in windows(50, frames, frames):
         seen = read(video if look == "rendered" else rough(video, rng))
         hits.append(list(suite.agreement(seen, scene).values()))
     assert np.mean(hits, 0).min() >= 0.98, dict(zip(ATTRIBUTES, np.mean(hits, 0), strict=True))
@@ -66,7 +66,7 @@ def test_each_attribute_is_read_by_itself(attribute):
 
 
 def test_shuffled_captions_score_chance():
-    pairs = [(scene, read(video)) for scene, video in windows(100, 12, 4)]
+    pairs = [(scene, read(video)) for scene, video in windows(80, 12, 4)]
     others = ~np.eye(len(pairs), dtype=bool)
     for attribute in ATTRIBUTES:
         asked, seen = np.array([[s.value(attribute) for s in pair] for pair in pairs]).T
@@ -144,7 +144,7 @@ def rendered(built: suite.Suite) -> suite.Generate:
     return generate
 
 
-SMALL = {"prompts": 21, "per_unseen": 3, "minutes": 2}
+SMALL = {"prompts": 14, "per_unseen": 2, "minutes": 2}
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +156,9 @@ FIELDS = ["colour", "shape", "motion", "background", "unseen_pairs", "switch_1s"
 
 
 def test_a_perfect_model_scores_one(perfect):
-    counts = [21, 21, 21, 21, 6, 12, 2]
+    counts = [14, 14, 14, 14, 4, 12, 2]
     assert [(perfect[f]["value"], perfect[f]["n"]) for f in FIELDS] == [(1.0, n) for n in counts]
-    assert {m: r["n"] for m, r in perfect["motion_by_class"].items()} == dict.fromkeys(MOTIONS, 3)
+    assert {m: r["n"] for m, r in perfect["motion_by_class"].items()} == dict.fromkeys(MOTIONS, 2)
     assert {a: r["n"] for a, r in perfect["switch_by_attribute"].items()} == dict.fromkeys(
         ATTRIBUTES, 3
     )
@@ -215,8 +215,12 @@ def test_a_switch_must_show_within_a_second():
     assert all(rate["value"] == 0.0 for rate in by_attribute(32).values())
 
 
-def test_the_suite_is_stratified_seeded_and_names_no_unseen_pair_twice():
-    built = suite.build()
+@pytest.fixture(scope="module")
+def built() -> suite.Suite:
+    return suite.build()
+
+
+def test_the_suite_is_stratified_and_holds_unseen_pairs_apart(built):
     counts = [len(group) for group in (built.prompts, built.unseen, built.minutes, built.switching)]
     assert counts == [112, 48, 24, 24]
     scenes = [script.segments[0].scene for script in built.prompts]
@@ -232,11 +236,13 @@ def test_the_suite_is_stratified_seeded_and_names_no_unseen_pair_twice():
         p for p in world.UNSEEN_PAIRS for _ in range(24)
     ]
     assert {shape for _, shape in pairs} == set(SHAPES)
-    assert suite.build() == built and suite.build(seed=1) != built
 
 
-def test_switches_are_on_time_even_and_seen():
-    built = suite.build()
+def test_the_suite_depends_on_the_seed_only():
+    assert suite.build(**SMALL) == suite.build(**SMALL) != suite.build(**SMALL, seed=1)
+
+
+def test_switches_are_on_time_even_and_seen(built):
     changed = []
     for script in built.switching:
         assert [e[0] for e in script.events()] == [0, 13, 26, 39, 52, 65, 78]

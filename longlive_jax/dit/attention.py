@@ -47,21 +47,26 @@ class Masked:
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
         q, k = rotate(q, self.angles), rotate(k, self.angles)
-        frames = len(self.table)
-        q, k, v = (x.reshape(x.shape[0], frames, -1, *x.shape[2:]) for x in (q, k, v))  # b f s a d
-        parts = [self._rows(q, k, v, rows) for rows in _runs(self.table)]
-        return jnp.concatenate(parts, 1), None
+        starts = _pieces(self.table)
+        tokens = q.shape[1] // len(self.table)
+        cut = [start * tokens for start in starts[1:]]
+        # Split once and joined again, not indexed: the gradient is then a concatenation and a few sums.
+        q, k, v = (jnp.split(x, cut, axis=1) for x in (q, k, v))
+        out = []
+        for piece, start in zip(q, starts, strict=True):
+            seen = [i for i, other in enumerate(starts) if self.table[start][other]]
+            keys, values = (jnp.concatenate([x[i] for i in seen], 1) for x in (k, v))
+            out.append(attend(piece, keys, values))
+        return jnp.concatenate(out, 1), None
 
-    def _rows(self, q, k, v, rows: slice):
-        visible = np.flatnonzero(self.table[rows.start])
-        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
-        return attend(flat(q[:, rows]), flat(k[:, visible]), flat(v[:, visible]))
 
-
-def _runs(table: tuple[tuple[bool, ...], ...]) -> list[slice]:
-    """Maximal runs of equal rows."""
-    starts = [i for i in range(len(table)) if i == 0 or table[i] != table[i - 1]]
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(table)], strict=True)]
+def _pieces(table: tuple[tuple[bool, ...], ...]) -> list[int]:
+    """First frames of the maximal runs whose rows and whose columns are equal."""
+    columns = tuple(zip(*table, strict=True))
+    same = [
+        table[i] == table[i - 1] and columns[i] == columns[i - 1] for i in range(1, len(table))
+    ]
+    return [0, *(i for i, equal in enumerate(same, 1) if not equal)]
 
 
 def masked(table: np.ndarray, angles: Float[Array, "b n p"]) -> Masked:

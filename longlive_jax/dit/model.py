@@ -6,6 +6,7 @@ Teacher forcing, streaming, recaching and bidirectional models all run this forw
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,6 +150,7 @@ class DiT(nnx.Module):
         projected = self.time_projection(jax.nn.silu(time))
         projected = rearrange(projected, "b m (six e) -> b m six e", six=6)
 
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
         def body(carry, layer):
             block, kv = layer
             return block(carry[0], projected, kv, attn, carry[1]), None

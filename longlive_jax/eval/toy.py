@@ -75,7 +75,7 @@ def track(frames: UInt8[np.ndarray, "t 64 64 3"]) -> Track:
     Place, area and overlap weigh a pixel by its brightness between `DARK` and the object's mean,
     so that a rim half covered counts half.
     """
-    value = frames.max(-1) / 255.0
+    value = np.maximum.reduce([frames[..., i] for i in range(3)]) / 255.0
     mask = blob(value > BRIGHT)
     mean = (value * mask).sum((1, 2)) / np.maximum(mask.sum((1, 2)), 1)
     ramp = (value - DARK) / np.maximum(mean - DARK, BRIGHT - DARK)[:, None, None]
@@ -132,11 +132,12 @@ def _motion(seen: Track) -> str | None:
 
 
 def _background(frames: np.ndarray, seen: Track) -> str:
-    around = seen.mask
-    for _ in range(2):
-        around = _grow(around)
-    error = np.abs(frames[None].astype(np.float32) / 255 - _PICTURES[:, None]).mean(-1)
-    return BACKGROUNDS[int((error * ~around).sum((1, 2, 3)).argmin())]
+    """The picture nearest to what lies around the object; it is static, so a few frames do."""
+    some = slice(None, None, max(1, len(frames) // 8))
+    around = _grow(_grow(seen.mask[some]))[..., None]
+    shown = frames[some].astype(np.float32) / 255
+    error = [float((np.abs(shown - picture) * ~around).sum()) for picture in _PICTURES]
+    return BACKGROUNDS[int(np.argmin(error))]
 
 
 def read(frames: UInt8[np.ndarray, "t 64 64 3"]) -> Scene | None:

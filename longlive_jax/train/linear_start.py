@@ -77,9 +77,9 @@ def _principal(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _centre(flat: dict, name: str, matrix: np.ndarray, bias: np.ndarray) -> None:
-    """A 3×3 convolution that looks at its own pixel only."""
+    """A convolution that looks at its own pixel only."""
     kernel = np.zeros_like(flat[f"{name}.kernel"])
-    kernel[1, 1, 0] = matrix
+    kernel[len(kernel) // 2, len(kernel) // 2, 0] = matrix
     flat[f"{name}.kernel"], flat[f"{name}.bias"] = kernel, bias.astype(np.float32)
 
 
@@ -103,6 +103,7 @@ def _double(basis: np.ndarray, slot: slice) -> np.ndarray:
     return taps.reshape(3 * width, 2 * width)
 
 
+@jax.jit
 def _before_head(stack: Stack, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The last features of an encoder or a decoder, and what its last convolution sees."""
     x, _ = chain(stack.layers, stack.conv_in(x, None, True)[0], None, True)
@@ -119,7 +120,7 @@ def _fit_heads(abstract: VAE, flat: dict, video: jax.Array, patches: np.ndarray)
     def model() -> VAE:
         return weights.unflatten(abstract, {name: jnp.asarray(x) for name, x in flat.items()})
 
-    channels = len(flat["decoder.conv_in.kernel"][1, 1, 0])
+    channels = flat["decoder.conv_in.kernel"].shape[-2]
     rows = lambda x: np.asarray(x).reshape(-1, x.shape[-1])  # noqa: E731
     code, seen = map(rows, _before_head(model().encoder, jnp.asarray(patches)))
     mean, basis = _principal(code, channels)
@@ -131,10 +132,7 @@ def _fit_heads(abstract: VAE, flat: dict, video: jax.Array, patches: np.ndarray)
     _centre(flat, "decoder.conv_in", (basis * scale).T, mean)
 
     z = posterior(model(), video)[0]
-    seen = np.pad(np.asarray(_before_head(model().decoder, z)[1]), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    height, width = patches.shape[2:4]
-    around = [seen[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    solved = _fit(rows(np.concatenate(around, -1)), rows(patches)).astype(np.float32)
-    flat["decoder.conv_out.kernel"] = solved[:-1].reshape(flat["decoder.conv_out.kernel"].shape)
-    flat["decoder.conv_out.bias"] = solved[-1]
+    seen = _before_head(model().decoder, z)[1]
+    solved = _fit(rows(seen), rows(patches))
+    _centre(flat, "decoder.conv_out", solved[:-1], solved[-1])
     return model()

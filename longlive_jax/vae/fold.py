@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-Video = Float[Array, "b t h w c"]
+Video = Float[Array, "_ _ _ _ _"]  # b t h w c; every axis may change on the way
 
 
 def patchify(x: Video, size: int) -> Video:

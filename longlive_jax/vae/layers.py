@@ -15,10 +15,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longlive_jax.layers import Linear
+from longlive_jax.layers import Linear, linear
 from longlive_jax.vae.fold import duplicate_up, mean_down
 
-Video = Float[Array, "b t h w c"]
+Video = Float[Array, "_ _ _ _ _"]  # b t h w c; every axis may change on the way
 Carry = Any  # a tree of frames, in the order in which they are needed
 
 _SAME = ((1, 1), (1, 1))
@@ -60,23 +60,35 @@ def _init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Array:
 
 
 class CausalConv(nnx.Module):
-    """3×3 convolution in space over a frame and the `time - 1` before it (`vae2_2.py:CausalConv3d`).
+    """Convolution over a neighbourhood in space, in a frame and those before it (`vae2_2.py:CausalConv3d`).
 
-    It runs as one 2-D convolution whose input channels are the time taps side by side: XLA's 3-D convolution is
-    several times slower on CPUs, and its gradient more so.
+    It runs as one 2-D convolution whose input channels are the time taps side by side: XLA's 3-D convolution takes
+    two to three times as long on CPUs, forward and gradient. `kernel` is (time, space).
     """
 
-    def __init__(self, inputs: int, outputs: int, *, time: int, scale: float = 1.0, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_init(rngs, (3, 3, time, inputs, outputs), scale))
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int],
+        *,
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        time, space = kernel
+        self.kernel = nnx.Param(_init(rngs, (space, space, time, inputs, outputs), scale))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: Video, carry: Carry, first: bool) -> tuple[Video, Carry]:
         del first
-        kernel = self.kernel[...]
-        height, width, time, inputs, outputs = kernel.shape
+        height, width, time, inputs, outputs = self.kernel.shape
+        kernel = self.kernel[...].reshape(height, width, time * inputs, outputs)
         x = extend(x, carry, time - 1)
-        kernel = kernel.reshape(height, width, time * inputs, outputs)
-        return conv2d(taps(x, time), kernel, self.bias[...]), tail(x, time - 1)
+        if width == 1:
+            y = linear(taps(x, time), kernel[0, 0], self.bias[...])
+        else:
+            y = conv2d(taps(x, time), kernel, self.bias[...])
+        return y, tail(x, time - 1)
 
 
 class FrameConv(nnx.Module):
@@ -106,10 +118,10 @@ class Norm(nnx.Module):
 class ResBlock(nnx.Module):
     """Two normalised convolutions beside a shortcut (`vae2_2.py:ResidualBlock`)."""
 
-    def __init__(self, inputs: int, outputs: int, *, time: int, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], *, rngs: nnx.Rngs):
         self.norm_in, self.norm_out = Norm(inputs), Norm(outputs)
-        self.conv_in = CausalConv(inputs, outputs, time=time, rngs=rngs)
-        self.conv_out = CausalConv(outputs, outputs, time=time, scale=0.1, rngs=rngs)
+        self.conv_in = CausalConv(inputs, outputs, kernel, rngs=rngs)
+        self.conv_out = CausalConv(outputs, outputs, kernel, scale=0.1, rngs=rngs)
         self.shortcut = None if inputs == outputs else Linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, x: Video, carry: Carry, first: bool) -> tuple[Video, Carry]:

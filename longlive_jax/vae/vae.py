@@ -43,18 +43,18 @@ class VAECarry:
 
 
 def _middle(cfg: VAEConfig, dim: int, rngs: nnx.Rngs) -> list[nnx.Module]:
-    before, after = (ResBlock(dim, dim, time=cfg.time_kernel, rngs=rngs) for _ in range(2))
+    before, after = (ResBlock(dim, dim, cfg.kernel, rngs=rngs) for _ in range(2))
     return [before, *([FrameAttention(dim, rngs=rngs)] if cfg.attention else []), after]
 
 
 class Stack(nnx.Module):
     """Convolution, layers at falling or rising resolution, normalised convolution: either half of the VAE."""
 
-    def __init__(self, inputs: int, layers: list[nnx.Module], widths: tuple[int, int], outputs: int, *, time: int, rngs):
-        self.conv_in = CausalConv(inputs, widths[0], time=time, rngs=rngs)
+    def __init__(self, conv_in: CausalConv, layers: list[nnx.Module], conv_out: CausalConv):
+        self.conv_in = conv_in
         self.layers = nnx.List(layers)
-        self.norm = Norm(widths[1])
-        self.conv_out = CausalConv(widths[1], outputs, time=time, rngs=rngs)
+        self.norm = Norm(conv_out.kernel.shape[-2])
+        self.conv_out = conv_out
 
     def __call__(self, x: Array, carry: Carry, first: bool) -> tuple[Array, Carry]:
         head, body, end = carry or (None, None, None)
@@ -72,27 +72,30 @@ def encoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
         time, space = stride
         widths = [width] + [dim] * cfg.res_blocks
         blocks = [
-            ResBlock(a, b, time=cfg.time_kernel, rngs=rngs)
+            ResBlock(a, b, cfg.kernel, rngs=rngs)
             for a, b in zip(widths, widths[1:], strict=False)
         ]
         resample = [] if stride == (1, 1) else [Down(dim, time=time, space=space, rngs=rngs)]
         shortcut = Shortcut(dim, time=time, space=space, up=False) if cfg.shortcut else None
         levels.append(Level(blocks + resample, shortcut))
         width = dim
-    layers = levels + _middle(cfg, width, rngs)
-    channels = 3 * cfg.patch**2, 2 * cfg.latent_channels
-    return Stack(channels[0], layers, (dims[0], width), channels[1], time=cfg.time_kernel, rngs=rngs)
+    conv_in = CausalConv(3 * cfg.patch**2, dims[0], cfg.kernel, rngs=rngs)
+    conv_out = CausalConv(width, 2 * cfg.latent_channels, cfg.kernel, rngs=rngs)
+    return Stack(conv_in, levels + _middle(cfg, width, rngs), conv_out)
 
 
 def decoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
-    """Latents → frames in channels (`Decoder3d`). Without shortcuts, upsampling in space halves the width (2.1)."""
+    """Latents → frames in channels (`Decoder3d`). Without shortcuts, upsampling in space halves the width (2.1).
+
+    The first convolution looks around itself whatever the configured kernel: a decoder without neighbours shows seams.
+    """
     dims = [cfg.decoder_dim * m for m in reversed(cfg.multipliers)]
     levels, width = [], dims[0]
     for dim, stride in zip(dims, (*reversed(cfg.strides), (1, 1)), strict=True):
         time, space = stride
         widths = [width] + [dim] * (cfg.res_blocks + 1)
         blocks = [
-            ResBlock(a, b, time=cfg.time_kernel, rngs=rngs)
+            ResBlock(a, b, cfg.kernel, rngs=rngs)
             for a, b in zip(widths, widths[1:], strict=False)
         ]
         up = stride != (1, 1)
@@ -100,9 +103,9 @@ def decoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
         width = dim // 2 if space > 1 and not cfg.shortcut else dim
         resample = [Up(dim, width, time=time, space=space, rngs=rngs)] if up else []
         levels.append(Level(blocks + resample, shortcut))
-    layers = _middle(cfg, dims[0], rngs) + levels
-    channels = cfg.latent_channels, 3 * cfg.patch**2
-    return Stack(channels[0], layers, (dims[0], width), channels[1], time=cfg.time_kernel, rngs=rngs)
+    conv_in = CausalConv(cfg.latent_channels, dims[0], (cfg.kernel[0], 3), rngs=rngs)
+    conv_out = CausalConv(width, 3 * cfg.patch**2, cfg.kernel, rngs=rngs)
+    return Stack(conv_in, _middle(cfg, dims[0], rngs) + levels, conv_out)
 
 
 class VAE(nnx.Module):

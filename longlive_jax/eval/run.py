@@ -1,0 +1,36 @@
+"""`longlive eval`: a suite on a model, with what is needed to run it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longlive_jax import report
+from longlive_jax.eval import toy_suite
+from longlive_jax.eval.generate import generator
+from longlive_jax.eval.reconstruct import reconstructor
+from longlive_jax.model import Model
+
+
+def toy(model: Model, *, steps: int | None, seed: int, **sizes: int) -> dict[str, Any]:
+    """The toy suite's scores and baselines, and the model, steps, seed and versions they belong to.
+
+    Args:
+      model: A model of the toy world.
+      steps: Denoising steps; None is the model's own number.
+      seed: Of prompts and videos.
+      **sizes: `prompts`, `per_unseen`, `minutes` of `toy_suite.evaluate`; its own by default.
+    """
+    scores = toy_suite.evaluate(
+        generator(model, steps=steps),
+        seed=seed,
+        reconstruct=reconstructor(model.config, model.vae),
+        **sizes,
+    )
+    return {
+        "suite": "toy",
+        "model": model.config.name,
+        "steps": steps or model.config.sampler.steps,
+        "seed": seed,
+        "versions": report.versions(),
+        **scores,
+    }

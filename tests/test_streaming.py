@@ -1,0 +1,216 @@
+"""What must hold of streaming itself, whatever the weights."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import streams
+
+from longlive_jax import sampler, session
+from longlive_jax.bench import CompileClock
+from longlive_jax.config import DiTConfig, SamplerConfig, StreamConfig
+from longlive_jax.dit import cache as slots
+from longlive_jax.dit import mask
+from longlive_jax.dit.attention import masked
+from longlive_jax.dit.model import DiT
+from longlive_jax.dit.rope import phases
+
+SMALL = DiTConfig(dim=32, ffn_dim=64, heads=2, layers=2, channels=4, text_dim=8, text_len=5)
+STREAM = StreamConfig(chunk=2, window=7, sink=3)  # neither a multiple of the chunk
+SAMPLER = SamplerConfig("renoise", steps=2, shift=5.0)
+SOLVER = sampler.make(SAMPLER)
+# A sampler that takes its noise for the video: what is given is written into the cache.
+GIVEN = sampler.Solver((sampler.Step(0.0, 0.0, sampler.KEEP, (1.0, 0.0, 0.0, 0.0)),))
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return streams.randomly(lambda rngs: DiT(SMALL, rngs=rngs))
+
+
+def prompt(dit, seed, rows=1):
+    context = np.random.default_rng(seed).normal(size=(rows, SMALL.text_len, SMALL.text_dim))
+    return streams.text(dit, jnp.asarray(context, jnp.float32))
+
+
+def noise(seed, frames, rows=1):
+    shape = (rows, frames, *streams.GRID, SMALL.channels)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def play(dit, video, text, chunks, solver=SOLVER):
+    """Generates the given chunks of noise; the session and all latents."""
+    latents = []
+    for first in chunks:
+        video, out = session.generate(dit, video, text, first, stream=STREAM, solver=solver)
+        latents.append(out)
+    return video, jnp.concatenate(latents, 1)
+
+
+def chunks_of(seed, count, *, first=STREAM.chunk):
+    lengths = [first] + [STREAM.chunk] * (count - 1)
+    return [noise(seed + i, length) for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("first", [STREAM.chunk, 1])
+def test_teacher_forcing_equals_streaming(dit, first):
+    """Under the windowed table, one forward over [clean; noisy] sees what every step of every chunk saw."""
+    start, text = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 0)
+    chunks = chunks_of(10, 9, first=first)
+    again = [
+        session.noise(dataclasses.replace(start, chunk=jnp.int32(i)), x.shape[1], 1)
+        for i, x in enumerate(chunks)
+    ]
+    _, latents = play(dit, start, text, chunks)
+    frames = latents.shape[1]
+    assert frames > 2 * STREAM.window
+    labels = mask.teacher_forcing(mask.clean(frames, STREAM.chunk, first=first))
+    table = mask.table(labels, window=STREAM.window, sink=STREAM.sink)
+    attn = masked(table, phases(SMALL, jnp.asarray([labels.frame], jnp.float32), 2, 2))
+
+    @jax.jit
+    def velocity(dit, x, t):
+        t = jnp.repeat(jnp.stack([jnp.zeros(()), t]), frames)[None]
+        return dit(jnp.concatenate([latents, x], 1), t, text, attn)[0][:, frames:]
+
+    one, two = SOLVER.steps
+    x = jnp.concatenate(chunks, 1)
+    x0 = x - one.sigma * velocity(dit, x, jnp.float32(one.timestep))
+    x = (1 - two.sigma) * x0 + two.sigma * jnp.concatenate(again, 1)
+    x0 = x - two.sigma * velocity(dit, x, jnp.float32(two.timestep))
+    assert np.std(x0) > 0.1
+    np.testing.assert_allclose(latents, x0, atol=2e-5)
+
+
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_slots_hold_the_sinks_and_the_newest_frames(data):
+    """Against a list that drops its oldest frame that is no sink. The second row has its slots in another order."""
+    window = data.draw(st.sampled_from([4, 7, 12]), "window")
+    chunk = data.draw(st.sampled_from([1, 2, 3]), "chunk")
+    sink = data.draw(st.integers(0, window - chunk), "sink")
+    first = data.draw(st.sampled_from([1, chunk]), "first")
+    count = data.draw(st.integers(0, 12), "chunks after the first")
+    order = np.array(data.draw(st.permutations(range(window)), "order of the second row"))
+    table, held, placed, frame = np.full((2, window), slots.EMPTY), [], {}, 0
+    for length in [first] + [chunk] * count:
+        taken = choose(table, length, sink)
+        new = list(range(frame, frame := frame + length))
+        np.put_along_axis(table, taken, np.array([new, new]), 1)
+        held += new
+        while len(held) > window:
+            held.remove(next(f for f in held if f >= sink))
+        for row in table.tolist():
+            assert sorted(f for f in row if f >= 0) == held
+        now = {f: slot for slot, f in enumerate(table[0].tolist()) if f >= 0}
+        assert all(now[f] == slot for f, slot in placed.items() if f in now), "a frame moved"
+        placed = now
+        table[1] = table[1][order]
+
+
+def choose(table, frames, sink):
+    labels = jnp.asarray(table, jnp.int32)
+    nothing = jnp.zeros((0, 2, table.shape[1], 1, 1, 1))
+    cache = slots.KVCache(nothing, nothing, labels, labels, labels)
+    return np.asarray(slots.choose(cache, frames, sink))
+
+
+def test_one_program_and_constant_memory_for_any_length(dit):
+    """Noise, denoising and decoding: nothing is compiled after the second chunk, and nothing grows."""
+    video, text = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 1)
+    shapes = lambda x: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), x)  # noqa: E731
+    compiled, held, before, frames = [], [], shapes(video), 0
+    with CompileClock() as clock:
+        for chunk in range(14):
+            first, old = session.noise(video, STREAM.chunk), video
+            video, latents = session.generate(dit, video, text, first, stream=STREAM, solver=SOLVER)
+            assert old.cache.k.is_deleted(), "the cache is updated in place"
+            video, pixels = session.decode(streams.vae(), video, latents, first=chunk == 0)
+            frames += pixels.shape[1]
+            del first, old, latents, pixels
+            compiled.append(clock.programs)
+            held.append(sum(x.nbytes for x in jax.live_arrays()))
+    assert compiled[1] > 0 and len(set(compiled[1:])) == 1
+    assert len(set(held[1:])) == 1
+    assert shapes(video) == before
+    assert frames == 1 + 4 * (14 * STREAM.chunk - 1)
+    assert streams.attended(video.cache) == [[0, 1, 2, 24, 25, 26, 27]]
+
+
+def test_rows_are_independent(dit):
+    """A video is the same beside another one, with another prompt and another shot, as alone."""
+    alone, both = (streams.begin(dit, STREAM, SAMPLER, batch=b) for b in (1, 2))
+    both = dataclasses.replace(both, shot=jnp.array([0, 1], jnp.int32))
+    single, double = prompt(dit, 2), prompt(dit, 2, rows=2)
+    np.testing.assert_array_equal(single.k[:, 0], double.k[:, 0])
+    for _ in range(5):
+        one, two = session.noise(alone, STREAM.chunk), session.noise(both, STREAM.chunk)
+        alone, expected = session.generate(dit, alone, single, one, stream=STREAM, solver=SOLVER)
+        both, latents = session.generate(dit, both, double, two, stream=STREAM, solver=SOLVER)
+        np.testing.assert_allclose(latents[:1], expected, atol=2e-5)
+        assert np.abs(latents[1] - expected[0]).max() > 0.1
+
+
+def copy(video):
+    """A fork: sessions are donated to what changes them."""
+    return jax.tree.map(jnp.copy, video)
+
+
+def recached(dit, video, text):
+    return session.recache(dit, copy(video), text, jnp.ones(1, bool), stream=STREAM)
+
+
+def distance(one, two) -> dict[int, float]:
+    """Latent frame -> the largest difference of its keys and values in the last layer."""
+    parts = [(one.cache.k, two.cache.k), (one.cache.v, two.cache.v)]
+    pairs = [(streams.by_frame(one.cache, a), streams.by_frame(two.cache, b)) for a, b in parts]
+    assert all(a.keys() == b.keys() for a, b in pairs)
+    return {f: max(np.abs(a[f][-1] - b[f][-1]).max() for a, b in pairs) for f in pairs[0][0]}
+
+
+def test_recache_under_the_same_prompt_changes_nothing(dit):
+    """While the video is shorter than the window, also over a cut."""
+    text, chunks = prompt(dit, 3), chunks_of(40, 3)
+    video, _ = play(dit, streams.begin(dit, STREAM, SAMPLER), text, chunks[:1])
+    video = dataclasses.replace(video, shot=video.shot + 1)
+    video, _ = play(dit, video, text, chunks[1:])
+    again = recached(dit, video, text)
+    assert max(distance(video, again).values()) < 1e-5
+    np.testing.assert_array_equal(again.cache.shot, video.cache.shot)
+    np.testing.assert_array_equal(again.cache.chunk, video.cache.chunk)
+
+
+def test_recache_equals_a_video_made_under_the_new_prompt(dit):
+    """The same latents, written chunk by chunk under the new prompt from the start, leave the same keys and values."""
+    start, old, new = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 3), prompt(dit, 4)
+    video, latents = play(dit, copy(start), old, chunks_of(50, 3))
+    pieces = [latents[:, i : i + STREAM.chunk] for i in range(0, latents.shape[1], STREAM.chunk)]
+    fresh, written = play(dit, start, new, pieces, solver=GIVEN)
+    np.testing.assert_array_equal(written, latents)
+    assert min(distance(video, fresh).values()) > 1e-3
+    assert max(distance(recached(dit, video, new), fresh).values()) < 1e-5
+
+
+def test_recache_leaves_nothing_of_the_old_prompt(dit):
+    """In a long video every sink and every frame of the window is rebuilt from the held latents alone."""
+    start, old, new = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 3), prompt(dit, 4)
+    video, latents = play(dit, start, old, chunks_of(60, 8))
+    blank = jax.tree.map(jnp.ones_like, (video.cache.k, video.cache.v))
+    wiped = dataclasses.replace(video.cache, k=blank[0], v=blank[1])
+    again = recached(dit, video, new)
+    assert sorted(distance(video, again)) == [0, 1, 2, 12, 13, 14, 15]
+    assert min(distance(video, again).values()) > 1e-3
+    other = recached(dit, dataclasses.replace(video, cache=wiped), new)
+    assert max(distance(again, other).values()) == 0.0
+    for slot, frame in enumerate(np.asarray(video.cache.frame[0])):
+        np.testing.assert_array_equal(again.held[0, slot], latents[0, frame])
+
+
+def test_no_guidance_no_negative_cache(dit):
+    guided = dataclasses.replace(SAMPLER, guidance=3.0)
+    rows = [streams.begin(dit, STREAM, s, batch=2).cache.k.shape[1] for s in (SAMPLER, guided)]
+    assert rows == [2, 4]
