@@ -97,6 +97,9 @@ class Model:
         cfg = self.config
         state = session.begin(cfg, self.vae, batch=1, seed=seed)
         text = self.prompt_kv([prompt])
+        if any(event.kind == "switch" for event in events):  # compiled now, not while the video plays
+            nobody = jnp.zeros(1, bool)
+            state = session.recache(self.dit, state, text, nobody, stream=cfg.stream)
         for index, first in enumerate(starts):
             applied = []
             while events and events[0].time_s * cfg.fps <= first:

@@ -119,7 +119,7 @@ def denoise(
     visible = jnp.repeat(cache.filled[:, None], frames, 1)
     attn = Cached(_angles(dit, session.held, cache, taken, stream), taken, visible)
 
-    def forward(x: Latents, t: Array, kv: KV) -> tuple[Latents, KV]:
+    def forward(x: Array, t: Array, kv: KV) -> tuple[Array, KV]:  # b -> rows
         x = jnp.tile(x, (rows // x.shape[0], 1, 1, 1, 1))
         state = LayerCache(*kv, jnp.zeros((), jnp.int32))
         v, state = dit(x, jnp.full((rows, 1), t, jnp.float32), text, attn, state)
@@ -144,12 +144,16 @@ def denoise(
 
 
 def _angles(
-    dit: DiT, latents: Latents, cache: KVCache, taken: Int[Array, "b f"], stream: StreamConfig
-) -> Float[Array, "b n p"]:
+    dit: DiT,
+    held: Float[Array, "b slots h w c"],
+    cache: KVCache,
+    taken: Int[Array, "rows f"],
+    stream: StreamConfig,
+) -> Float[Array, "rows n p"]:
     """Rotary phases of the frames in the slots `taken`: each keeps its position and its shot's offset."""
     pick = lambda x: jnp.take_along_axis(x, taken, 1)  # noqa: E731
     position = pick(cache.frame) + stream.shot_offset * pick(cache.shot)
-    rows, columns = (n // p for n, p in zip(latents.shape[2:4], dit.cfg.patch[1:], strict=True))
+    rows, columns = (n // p for n, p in zip(held.shape[2:4], dit.cfg.patch[1:], strict=True))
     return phases(dit.cfg, position.astype(jnp.float32), rows, columns)
 
 

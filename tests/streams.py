@@ -28,7 +28,7 @@ SMALL_VAE = VAEConfig(
     strides=((2, 1), (2, 1)),
     patch=2,
     attention=False,
-    kernel=(1, 3),
+    kernel=(1, 1),
     shortcut=True,
 )
 
@@ -39,7 +39,7 @@ def model(dit, stream: StreamConfig, sampler: SamplerConfig) -> ModelConfig:
 
 
 def randomly(build):
-    """The module that `build` makes of `nnx.Rngs`, with random weights that nothing is compiled for."""
+    """The module that `build` makes of `nnx.Rngs`, with random weights; compiles nothing."""
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
@@ -76,7 +76,7 @@ def claim(cache, start, chunk, *, frames, sink):
 
 @jax.jit
 def call(dit, cache, taken, visible, position, x, t, text):
-    """One forward of latents b f h w c that see the slots `visible` (b slots): velocity and cache."""
+    """Velocity of latents b f h w c that see the slots `visible` (b slots), and the cache."""
     rows, columns = (n // 2 for n in x.shape[2:4])
     angles = phases(dit.cfg, position, rows, columns)
     visible = jnp.repeat(visible[:, None], x.shape[1], 1)

@@ -31,7 +31,7 @@ def layout(cfg) -> StreamConfig:
 
 
 def calls(case):
-    """x, t, flow, x0 of every call in order; a first chunk of another length is kept apart in the file."""
+    """x, t, flow, x0 of every call; a first chunk of another length has arrays of its own."""
     names = ("in/x", "in/t", "out/flow", "out/x0")
     parts = [part for part in ("_first", "") if "in/x" + part in case]
     return [row for part in parts for row in zip(*(case[n + part] for n in names), strict=True)]

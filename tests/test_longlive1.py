@@ -148,9 +148,9 @@ def test_A_train_forward_masks(name):
 
 
 def test_A_train_forward_masks_window_of_a_chunk_cut_short():
-    """7 frames in chunks of 3: the reference counts the last one's window from where that chunk would have ended.
+    """7 frames in chunks of 3: the reference's last window counts from where its chunk would end.
 
-    Ours counts from where it ends, as the streaming cache does: the last frame sees two frames more.
+    Ours counts from where it ends, as the streaming cache does, and has two frames more.
     """
     labels = mask.clean(7, CHUNK)
     ours, theirs = mask.table(labels, window=6), frame_mask(labels, "odd_blockwise_window")
@@ -158,7 +158,7 @@ def test_A_train_forward_masks_window_of_a_chunk_cut_short():
     assert ours[6].tolist() == [False] + [True] * 6
 
 
-# Calls over the rolling cache: B and B2. Every case runs with two rows, so that they share one compilation.
+# Calls over the rolling cache: B and B2. All run with two rows, so that they share a compilation.
 
 
 def as_we_do(number, taken, cache):
@@ -175,16 +175,17 @@ def stream_of(case, prefix, window, sink, rule=as_we_do):
     cache = slots.empty(dit.cfg, StreamConfig(CHUNK, window, sink), 2, TOKENS)
     calls = []
     starts = arrays[f"in/{prefix}start_frame"].tolist()
-    for number, (x, t, start) in enumerate(zip(x, t, starts, strict=True)):
-        x, t = jnp.asarray(np.moveaxis(x, -3, -1)), jnp.asarray(t)
+    x, t = jnp.asarray(np.moveaxis(x, -3, -1)), jnp.asarray(t)
+    for number, start in enumerate(starts):
         if start != previous:
             labels = jnp.int32(start), jnp.int32(start // CHUNK)
             taken, cache = streams.claim(cache, *labels, frames=CHUNK, sink=sink)
             previous = start
         position = jnp.broadcast_to(start + jnp.arange(CHUNK, dtype=jnp.float32), (2, CHUNK))
         written, seen = rule(number, taken, cache)
-        v, cache = streams.call(dit, cache, written, seen, position, x, t, text)
-        calls.append((v, Flow(5.0).to_x0(v, x, t), cache))
+        now = x[number], t[number]
+        v, cache = streams.call(dit, cache, written, seen, position, *now, text)
+        calls.append((v, Flow(5.0).to_x0(v, *now), cache))
     return calls, text
 
 
@@ -198,7 +199,7 @@ def kept(frames, size, sink):
 
 
 def close_by_frame(cache, ours, case, name, frames, part=np.s_[:]):
-    """Compares keys or values, layers b slots …; `frames` are those that the reference's cache holds, in order.
+    """Compares keys or values, layers b slots …; `frames` are those in the reference's cache.
 
     part: of the reference's array, where it is not layers b tokens a d.
     """
@@ -243,8 +244,8 @@ def test_B_kv_cache_chunk_by_chunk():
 def as_the_reference_does_with_an_odd_sink(number, taken, cache):
     """A sink of 4 frames ends inside the second chunk.
 
-    The first chunk's calls attend the sink's last slot while it is still empty, and the second chunk's later calls leave
-    that slot (3) as its first call, the noisiest, wrote it; their own key goes to a slot that nobody sees yet.
+    The first chunk's calls attend the sink's last slot while it is still empty. The second chunk's
+    later calls leave that slot (3) as its first call, the noisiest, wrote it; nobody sees their key.
     """
     if number < 3:
         return taken, cache.filled.at[:, 3].set(True)
@@ -263,7 +264,7 @@ def test_B2_kv_cache_variants_odd_sink():
 
 
 def test_B2_kv_cache_variants_odd_sink_is_clean_in_ours():
-    """Without them, the sink's last frame holds its clean key. The first block, which sees no cache yet, shows it alone."""
+    """Without them the sink's last frame has its clean key, and the first block differs in no other."""
     calls, _ = stream_of(B2, "odd_", 12, 4)
     cache, first = calls[-1][-1], calls[3][-1]
     theirs = read(B2)["out/odd_cache_k_final"][0, 0].reshape(12, TOKENS, 2, 32)
@@ -278,10 +279,10 @@ def test_B2_kv_cache_variants_odd_sink_is_clean_in_ours():
 
 @pytest.mark.parametrize("kind", ["protect", "rewrite"])
 def test_B_kv_cache_recache_without_a_mask(kind):
-    """The reference's recache lets the re-read frames see each other in both directions; ours is causal.
+    """The reference's recache lets the re-read frames see each other both ways; ours is causal.
 
-    The slot table can say either. `protect` re-reads frames 9 … 20 but keeps the old sinks in the place of the first three;
-    `rewrite` has nothing but the re-read frames.
+    The slot table can say either. Both re-read frames 9 … 20; `protect` keeps the old sinks in the
+    place of the first three.
     """
     dit, arrays, old = model(B), read(B), stream_of(B, "", 12, 3)[0][-1][-1]
     sinks = np.argsort(np.asarray(old.frame[0]))[:CHUNK]

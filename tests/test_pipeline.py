@@ -45,7 +45,7 @@ def prompts(case, sampling, chunk):
     ],
 )
 def test_latents(golden, facts, name):
-    """d_batch2 cuts at its third chunk: its RoPE offset is the shot's, and no pin is due within its four chunks."""
+    """d_batch2 cuts at its third chunk, a new shot; no pin is due within its four chunks."""
     case, dit = golden("longlive2", name), wan.longlive2("gen")
     facts = facts("longlive2", name)
     stream, sampling = configs(facts)

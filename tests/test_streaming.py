@@ -58,7 +58,7 @@ def chunks_of(seed, count, *, first=STREAM.chunk):
 
 @pytest.mark.parametrize("first", [STREAM.chunk, 1])
 def test_teacher_forcing_equals_streaming(dit, first):
-    """Under the windowed table, one forward over [clean; noisy] sees what every step of every chunk saw."""
+    """Under the windowed table, [clean; noisy] sees what every step of every chunk saw."""
     start, text = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 0)
     chunks = chunks_of(10, 9, first=first)
     again = [
@@ -89,7 +89,7 @@ def test_teacher_forcing_equals_streaming(dit, first):
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
 def test_slots_hold_the_sinks_and_the_newest_frames(data):
-    """Against a list that drops its oldest frame that is no sink. The second row has its slots in another order."""
+    """Against a list that drops its oldest frame that is no sink. The second row is permuted."""
     window = data.draw(st.sampled_from([4, 7, 12]), "window")
     chunk = data.draw(st.sampled_from([1, 2, 3]), "chunk")
     sink = data.draw(st.integers(0, window - chunk), "sink")
@@ -120,7 +120,7 @@ def choose(table, frames, sink):
 
 
 def test_one_program_and_constant_memory_for_any_length(dit):
-    """Noise, denoising and decoding: nothing is compiled after the second chunk, and nothing grows."""
+    """Noise, denoising, decoding: after the second chunk nothing is compiled and nothing grows."""
     video, text = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 1)
     shapes = lambda x: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), x)  # noqa: E731
     compiled, held, before, frames = [], [], shapes(video), 0
@@ -185,7 +185,7 @@ def test_recache_under_the_same_prompt_changes_nothing(dit):
 
 
 def test_recache_equals_a_video_made_under_the_new_prompt(dit):
-    """The same latents, written chunk by chunk under the new prompt from the start, leave the same keys and values."""
+    """The same latents, written by chunks under the new prompt, leave the same keys and values."""
     start, old, new = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 3), prompt(dit, 4)
     video, latents = play(dit, copy(start), old, chunks_of(50, 3))
     pieces = [latents[:, i : i + STREAM.chunk] for i in range(0, latents.shape[1], STREAM.chunk)]
@@ -196,7 +196,7 @@ def test_recache_equals_a_video_made_under_the_new_prompt(dit):
 
 
 def test_recache_leaves_nothing_of_the_old_prompt(dit):
-    """In a long video every sink and every frame of the window is rebuilt from the held latents alone."""
+    """In a long video all sinks and the window are rebuilt from the held latents alone."""
     start, old, new = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 3), prompt(dit, 4)
     video, latents = play(dit, start, old, chunks_of(60, 8))
     blank = jax.tree.map(jnp.ones_like, (video.cache.k, video.cache.v))

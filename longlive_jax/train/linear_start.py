@@ -21,7 +21,10 @@ from longlive_jax.vae.fold import patchify
 from longlive_jax.vae.layers import chain
 from longlive_jax.vae.vae import VAE, Stack, posterior
 
-_OFFSET, _GAIN = 8.0, 3.0  # lift a head's input to where its normalisation and SiLU are nearly linear
+_OFFSET, _GAIN = (
+    8.0,
+    3.0,
+)  # lift a head's input to where its normalisation and SiLU are nearly linear
 _LOGVAR = -4.0  # of the posterior, at first
 
 
@@ -46,7 +49,12 @@ def linear_start(cfg: VAEConfig, clips: np.ndarray, seed: int) -> VAE:
     outer = _principal(x[:, 1::2] - x[:, ::2], half // 2)[1]
     first, second = slice(half, half + half // 2), slice(half + half // 2, 2 * half)
 
-    _centre(flat, "encoder.conv_in", np.pad(basis, ((0, 0), (0, half))), np.pad(-mean @ basis, (0, half)))
+    _centre(
+        flat,
+        "encoder.conv_in",
+        np.pad(basis, ((0, 0), (0, half))),
+        np.pad(-mean @ basis, (0, half)),
+    )
     flat["encoder.layers.0.layers.1.time_conv.kernel"] = _halve(inner, first)
     flat["encoder.layers.1.layers.1.time_conv.kernel"] = _halve(outer, second)
     flat["decoder.layers.2.layers.2.time_conv.kernel"] = _double(outer, second)

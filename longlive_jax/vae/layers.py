@@ -182,7 +182,9 @@ class Up(nnx.Module):
         if self.time_conv is not None:
             head, x = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
             whole = extend(x, carry, 2)
-            y = rearrange(self.time_conv(taps(whole, 3)), "b t h w (p c) -> b (t p) h w c", p=self.time)
+            y = rearrange(
+                self.time_conv(taps(whole, 3)), "b t h w (p c) -> b (t p) h w c", p=self.time
+            )
             x, carry = jnp.concatenate([head, y], 1), tail(whole, 2)
         if self.space_conv is not None:
             x = jnp.repeat(jnp.repeat(x, self.space, 2), self.space, 3)

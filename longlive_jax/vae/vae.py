@@ -72,8 +72,7 @@ def encoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
         time, space = stride
         widths = [width] + [dim] * cfg.res_blocks
         blocks = [
-            ResBlock(a, b, cfg.kernel, rngs=rngs)
-            for a, b in zip(widths, widths[1:], strict=False)
+            ResBlock(a, b, cfg.kernel, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
         ]
         resample = [] if stride == (1, 1) else [Down(dim, time=time, space=space, rngs=rngs)]
         shortcut = Shortcut(dim, time=time, space=space, up=False) if cfg.shortcut else None
@@ -95,8 +94,7 @@ def decoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
         time, space = stride
         widths = [width] + [dim] * (cfg.res_blocks + 1)
         blocks = [
-            ResBlock(a, b, cfg.kernel, rngs=rngs)
-            for a, b in zip(widths, widths[1:], strict=False)
+            ResBlock(a, b, cfg.kernel, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
         ]
         up = stride != (1, 1)
         shortcut = Shortcut(dim, time=time, space=space, up=True) if cfg.shortcut and up else None
@@ -167,9 +165,7 @@ def decode(vae: VAE, latents: Latents) -> Frames:
     return jnp.clip(generate(vae, denormalise(vae.cfg, latents))[0], -1, 1)
 
 
-def stream(
-    vae: VAE, carry: VAECarry, latents: Latents, *, first: bool
-) -> tuple[Frames, VAECarry]:
+def stream(vae: VAE, carry: VAECarry, latents: Latents, *, first: bool) -> tuple[Frames, VAECarry]:
     """The next n latents of a video → their 4n frames (4n−3 where they are a video's first), clamped, and the carry.
 
     `first` is static: two programs serve a video of any length.
