@@ -20,7 +20,9 @@ _OUTPUT = flags.DEFINE_string("output", str(model.SHIPPED / "tiny"), "Folder of 
 def main(_):
     trained = weights.load(_DIT.value)
     parts = {
-        part: {k.removeprefix(f"{part}."): v for k, v in trained.items() if k.startswith(f"{part}.")}
+        part: {
+            k.removeprefix(f"{part}."): v for k, v in trained.items() if k.startswith(f"{part}.")
+        }
         for part in ("dit", "text")
     }
     output = pathlib.Path(_OUTPUT.value)

@@ -40,7 +40,9 @@ def abstract_model() -> tf.TextToLatents:
     return nnx.eval_shape(lambda: make_model(jax.random.key(0)))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "optimizer", "corruption"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("layout", "optimizer", "corruption"), donate_argnames="state"
+)
 def step(state, batch, key, *, layout, optimizer, corruption):
     abstract = abstract_model()
 

@@ -1,10 +1,10 @@
 """LongLive-JAX: real-time, interactive, minutes-long video generation, and the training behind it.
 
-    import longlive_jax
+import longlive_jax
 
-    model = longlive_jax.load("tiny")
-    for chunk in model.stream("a red circle moves left over a black background", seconds=10):
-        show(chunk.frames)  # uint8 [t, H, W, 3]
+model = longlive_jax.load("tiny")
+for chunk in model.stream("a red circle moves left over a black background", seconds=10):
+    show(chunk.frames)  # uint8 [t, H, W, 3]
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ class Model:
         cfg = self.config
         state = session.begin(cfg, self.vae, batch=1, seed=seed)
         text = self.prompt_kv([prompt])
-        if any(event.kind == "switch" for event in events):  # compiled now, not while the video plays
+        if any(
+            event.kind == "switch" for event in events
+        ):  # compiled now, not while the video plays
             nobody = jnp.zeros(1, bool)
             state = session.recache(self.dit, state, text, nobody, stream=cfg.stream)
         for index, first in enumerate(starts):
@@ -164,7 +166,9 @@ def load(name: str = "tiny") -> Model:
         flat = {part: weights.load(folder / f"{part}.safetensors") for part in PARTS}
         words = tokenizer.load(folder, cfg.dit.text_len)
     except FileNotFoundError as error:
-        raise InputError(f'"{name}" is no model: {pathlib.Path(error.filename).name} is missing') from error
+        raise InputError(
+            f'"{name}" is no model: {pathlib.Path(error.filename).name} is missing'
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'the model in "{name}" cannot be read: {error}') from error
     build = {
@@ -177,7 +181,9 @@ def load(name: str = "tiny") -> Model:
     return Model(cfg, parts["dit"], parts["vae"], text)
 
 
-def save(folder: pathlib.Path, cfg: ModelConfig, flat: dict[str, weights.Weights], dtype=jnp.bfloat16) -> None:
+def save(
+    folder: pathlib.Path, cfg: ModelConfig, flat: dict[str, weights.Weights], dtype=jnp.bfloat16
+) -> None:
     """Writes config and weights of a model; its tokenizer is a file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:

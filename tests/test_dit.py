@@ -73,17 +73,23 @@ def run(dit, x, t, text, table, *, positions=None):
     """Velocity of latents b f h w c under a table over frames."""
     f, h, w = x.shape[1:4]
     positions = frames(f) if positions is None else positions
-    attn = masked(table, phases(dit.cfg, jnp.broadcast_to(positions, (x.shape[0], f)), h // 2, w // 2))
+    attn = masked(
+        table, phases(dit.cfg, jnp.broadcast_to(positions, (x.shape[0], f)), h // 2, w // 2)
+    )
     return jax.jit(lambda dit, x, t, text: dit(x, t, text, attn)[0])(dit, x, jnp.asarray(t), text)
 
 
-@pytest.mark.parametrize("name", ["03_bidir_a_uniform_t", "03_bidir_b_per_token_t_padded", "03_bidir_c_multi_prompt"])
+@pytest.mark.parametrize(
+    "name", ["03_bidir_a_uniform_t", "03_bidir_b_per_token_t_padded", "03_bidir_c_multi_prompt"]
+)
 def test_bidirectional(golden, name):
     case, dit = golden("longlive2", name), wan.longlive2("real")
     x = wan.channel_last(case["in/x"])
     tokens = x.shape[1] * x.shape[2] * x.shape[3] // 4
     t = case["in/t"][:, :tokens] if case["in/t"].ndim == 2 else case["in/t"][:, None]
-    text = dit.text_kv(jnp.asarray(case["in/context"].reshape(2, 1, -1, 24)))  # all prompts to all tokens
+    text = dit.text_kv(
+        jnp.asarray(case["in/context"].reshape(2, 1, -1, 24))
+    )  # all prompts to all tokens
     out = run(dit, x, t, text, mask.table(mask.clean(4, 4)))
     np.testing.assert_allclose(wan.channel_first(out), case["out/velocity"], atol=1e-4)
 
@@ -106,14 +112,21 @@ def test_causal(golden, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["04_b1_tf_one_prompt", "04_b2_tf_multiprompt", "04_b3_tf_multiprompt_aug", "04_d_tf_ropeoffset_tscale"],
+    [
+        "04_b1_tf_one_prompt",
+        "04_b2_tf_multiprompt",
+        "04_b3_tf_multiprompt_aug",
+        "04_d_tf_ropeoffset_tscale",
+    ],
 )
 def test_teacher_forcing(golden, name):
     case, dit = golden("longlive2", name), wan.longlive2("gen")
     x = wan.channel_last(np.concatenate([case["in/clean_x"], case["in/x"]], 2))
     t = np.concatenate([case.get("in/aug_t", np.zeros_like(case["in/t"])), case["in/t"]], 1)
     text = wan.prompts(dit, case["in/context"], 2)
-    text = TextKV(*(jnp.concatenate([y, y], 2) for y in (text.k, text.v)))  # each half has all prompts
+    text = TextKV(
+        *(jnp.concatenate([y, y], 2) for y in (text.k, text.v))
+    )  # each half has all prompts
     scale = 0.5 if "tscale" in name else 1.0
     position = frames(6, offset=case.get("in/rope_temporal_offset", 0.0), scale=scale, batch=2)
     table = mask.table(mask.teacher_forcing(mask.clean(6, 2)))
@@ -122,7 +135,11 @@ def test_teacher_forcing(golden, name):
 
 
 def _mask_cases():
-    grid = {"blockwise": [(8, 3, 2), (9, 2, 3), (9, 3, 2)], "tf": [(8, 3, 2), (9, 2, 3)], "i2v": [(9, 3, 2), (10, 2, 3)]}
+    grid = {
+        "blockwise": [(8, 3, 2), (9, 2, 3), (9, 3, 2)],
+        "tf": [(8, 3, 2), (9, 2, 3)],
+        "i2v": [(9, 3, 2), (10, 2, 3)],
+    }
     for kind, sizes in grid.items():
         for f, tokens, n in sizes:
             yield f"{kind}_F{f}_fs{tokens}_n{n}", kind, f, tokens, n, 1
@@ -140,4 +157,6 @@ def test_04_masks(golden, name, kind, f, tokens, n, ranks):
         "natural": lambda: mask.interleaved(mask.clean(f, n), ranks),
     }[kind]()
     ours = np.kron(mask.table(labels), np.ones((tokens, tokens), bool))
-    np.testing.assert_array_equal(ours, golden("longlive2", "04_masks")[f"out/mask/{name}"].astype(bool))
+    np.testing.assert_array_equal(
+        ours, golden("longlive2", "04_masks")[f"out/mask/{name}"].astype(bool)
+    )

@@ -13,9 +13,7 @@ from longlive_jax.convert.table import fill
 from longlive_jax.dit.model import DiT, TextKV
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-LONGLIVE2 = DiTConfig(
-    dim=64, ffn_dim=128, heads=2, layers=2, channels=4, text_dim=24, text_len=12
-)
+LONGLIVE2 = DiTConfig(dim=64, ffn_dim=128, heads=2, layers=2, channels=4, text_dim=24, text_len=12)
 
 
 def load(cfg: DiTConfig, tensors: dict[str, np.ndarray]) -> DiT:
@@ -25,7 +23,7 @@ def load(cfg: DiTConfig, tensors: dict[str, np.ndarray]) -> DiT:
 
 @functools.cache
 def longlive2(name: str) -> DiT:
-    """"gen" or "real"."""
+    """The generator ("gen") or the real score ("real")."""
     with np.load(GOLDEN / "longlive2" / f"weights_{name}.npz") as file:
         return load(LONGLIVE2, {k.removeprefix("w/"): v for k, v in file.items()})
 

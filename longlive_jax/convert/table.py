@@ -69,7 +69,11 @@ def fill(model: M, rows: Sequence[Row], tensors: Mapping[str, np.ndarray]) -> M:
         if row.target not in leaves:
             raise KeyError(f"table row {row.source} names {row.target}, which the model lacks")
         shape = leaves[row.target].get_value().shape
-        names = [row.source.format(i=i) for i in range(shape[0])] if "{i}" in row.source else [row.source]
+        names = (
+            [row.source.format(i=i) for i in range(shape[0])]
+            if "{i}" in row.source
+            else [row.source]
+        )
         missing = [name for name in names if name not in tensors]
         if missing:
             problems.append(_complain("missing", missing))
@@ -87,7 +91,10 @@ def fill(model: M, rows: Sequence[Row], tensors: Mapping[str, np.ndarray]) -> M:
     if problems:
         raise NameMismatch("; ".join(problems))
     graph, state = nnx.split(model)
-    flat = {path: leaf.replace(jnp.asarray(values[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)}
+    flat = {
+        path: leaf.replace(jnp.asarray(values[".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    }
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

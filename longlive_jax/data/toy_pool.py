@@ -39,8 +39,12 @@ class SequenceConfig:
     start: Layout = Layout(clean=(0, 1, 2), noisy=(0, 0, 1, 2, 3))
     later: Layout = Layout(clean=(0, 1, 2, 3), noisy=(3, 3, 3, 4, 4))
     start_share: float = 0.35
-    event_share: float = 0.65  # of the later sequences have a switch or a cut at the last chunk but one
-    recache: float = 0.85  # of the switches: what came before is seen under the new prompt, as after a recache
+    event_share: float = (
+        0.65  # of the later sequences have a switch or a cut at the last chunk but one
+    )
+    recache: float = (
+        0.85  # of the switches: what came before is seen under the new prompt, as after a recache
+    )
     full: float = 0.7  # of the sequences in which some noisy chunks would not count are dropped
     drop: float = 0.06  # of the sequences: no prompt, for guidance
     far: float = 0.5  # of the gaps are stretched, up to `reach` latent frames

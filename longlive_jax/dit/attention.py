@@ -22,7 +22,9 @@ Keys = Float[Array, "b m a d"]
 
 def attend(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "b n m"] | None = None) -> Heads:
     """softmax(q kᵀ / √d) v, the softmax in float32. Rows with no visible key come out as the mean of v."""
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # b a n d; batch axes in front are faster on CPUs
+    q, k, v = (
+        jnp.swapaxes(x, 1, 2) for x in (q, k, v)
+    )  # b a n d; batch axes in front are faster on CPUs
     scores = jnp.einsum("band,bamd->banm", q, k, preferred_element_type=jnp.float32)
     scores = scores * (1.0 / np.sqrt(q.shape[-1]))
     if mask is not None:
@@ -31,9 +33,7 @@ def attend(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "b n m"] | None = None)
     return jnp.swapaxes(jnp.einsum("banm,bamd->band", weights, v), 1, 2)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table"])
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """Attention under a static table over latent frames (`mask.table`), for training and bidirectional models.
@@ -63,9 +63,7 @@ class Masked:
 def _pieces(table: tuple[tuple[bool, ...], ...]) -> list[int]:
     """First frames of the maximal runs whose rows and whose columns are equal."""
     columns = tuple(zip(*table, strict=True))
-    same = [
-        table[i] == table[i - 1] and columns[i] == columns[i - 1] for i in range(1, len(table))
-    ]
+    same = [table[i] == table[i - 1] and columns[i] == columns[i - 1] for i in range(1, len(table))]
     return [0, *(i for i, equal in enumerate(same, 1) if not equal)]
 
 
@@ -95,9 +93,7 @@ class Cached:
     slots: Int[Array, "b f"]
     visible: Bool[Array, "b f slots"]
 
-    def __call__(
-        self, q: Heads, k: Heads, v: Heads, state: LayerCache
-    ) -> tuple[Heads, LayerCache]:
+    def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
         q, k = rotate(q, self.angles), rotate(k, self.angles)
         frames, tokens = self.slots.shape[1], q.shape[1] // self.slots.shape[1]
         batch = jnp.arange(q.shape[0])[:, None]

@@ -53,7 +53,11 @@ def choose(cache: KVCache, frames: int, sink: int) -> Int[Array, "b f"]:
 
 
 def claim(
-    cache: KVCache, slots: Int[Array, "b f"], start: Int[Array, ""], chunk: Int[Array, ""], shot: Int[Array, " b"]
+    cache: KVCache,
+    slots: Int[Array, "b f"],
+    start: Int[Array, ""],
+    chunk: Int[Array, ""],
+    shot: Int[Array, " b"],
 ) -> KVCache:
     """Labels `slots` as frames start, start + 1, … of `chunk`. Their keys and values follow with the first pass."""
     batch = jnp.arange(slots.shape[0])[:, None]

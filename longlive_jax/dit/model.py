@@ -129,7 +129,9 @@ class DiT(nnx.Module):
         keys = jax.random.split(rngs.params(), cfg.layers)
         self.blocks = nnx.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys)
         self.head = Linear(cfg.dim, patch, scale=0.0, rngs=rngs)
-        self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.dim)) / cfg.dim**0.5)
+        self.head_modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (2, cfg.dim)) / cfg.dim**0.5
+        )
         self.cfg = cfg
 
     def __call__(
@@ -173,7 +175,9 @@ class DiT(nnx.Module):
         p, q, r = self.cfg.patch
         return rearrange(latents, "b (f p) (h q) (w r) c -> b (f h w) (p q r c)", p=p, q=q, r=r)
 
-    def unpatchify(self, x: Float[Array, "b n p"], grid: tuple[int, int, int]) -> Float[Array, "b f h w c"]:
+    def unpatchify(
+        self, x: Float[Array, "b n p"], grid: tuple[int, int, int]
+    ) -> Float[Array, "b f h w c"]:
         (f, h, w), (p, q, r) = grid, self.cfg.patch
         pattern = "b (f h w) (p q r c) -> b (f p) (h q) (w r) c"
         return rearrange(x, pattern, f=f, h=h, w=w, p=p, q=q, r=r)

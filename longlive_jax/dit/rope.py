@@ -23,19 +23,27 @@ def frequencies(cfg: DiTConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     def harmonics(period: int) -> np.ndarray:
         return 2 * np.pi / period * (1 + np.arange(space) % max(1, period // 2))
 
-    rows, columns = (harmonics(p) for p in cfg.rope_period) if cfg.rope_period else (ladder(space),) * 2
+    rows, columns = (
+        (harmonics(p) for p in cfg.rope_period) if cfg.rope_period else (ladder(space),) * 2
+    )
     return ladder(pairs - 2 * space), rows, columns
 
 
-def phases(cfg: DiTConfig, frames: Float[Array, "b f"], rows: int, columns: int) -> Float[Array, "b n p"]:
+def phases(
+    cfg: DiTConfig, frames: Float[Array, "b f"], rows: int, columns: int
+) -> Float[Array, "b n p"]:
     """Angle of every token and complex channel; n = f * rows * columns, p = head_dim / 2.
 
     `frames` are temporal positions in latent frames: (start + index + shot offset) * time scale, by the caller.
     """
     time, row, column = frequencies(cfg)
-    f = frames.astype(jnp.float32)[:, :, None, None, None] * jnp.asarray(time, jnp.float32)  # b f 1 1 p
+    f = frames.astype(jnp.float32)[:, :, None, None, None] * jnp.asarray(
+        time, jnp.float32
+    )  # b f 1 1 p
     r = jnp.asarray(np.arange(rows)[:, None] * row, jnp.float32)[None, None, :, None]  # 1 1 h 1 p
-    c = jnp.asarray(np.arange(columns)[:, None] * column, jnp.float32)[None, None, None]  # 1 1 1 w p
+    c = jnp.asarray(np.arange(columns)[:, None] * column, jnp.float32)[
+        None, None, None
+    ]  # 1 1 1 w p
     shape = (*frames.shape, rows, columns)
     angles = jnp.concatenate([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (f, r, c)], -1)
     return angles.reshape(frames.shape[0], -1, angles.shape[-1])  # b n p
@@ -48,5 +56,3 @@ def rotate(x: Float[Array, "b n a d"], angles: Float[Array, "b n p"]) -> Float[A
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return turned.reshape(x.shape).astype(x.dtype)
-
-

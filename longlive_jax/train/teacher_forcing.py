@@ -144,7 +144,9 @@ def velocity(
     flat = plan.ids.reshape(b * p, length)
     text = encode(model.text, flat, flat != 0).reshape(b, p, length, -1)
     kv = model.dit.text_kv(text)
-    row = jnp.arange(b)[:, None]  # whole slices are gathered: their gradient is a few large additions
+    row = jnp.arange(b)[
+        :, None
+    ]  # whole slices are gathered: their gradient is a few large additions
     kv = TextKV(kv.k[:, row, plan.segment], kv.v[:, row, plan.segment])
     grid = (s // q for s, q in zip(latents.shape[2:4], model.dit.cfg.patch[1:], strict=True))
     attn = masked(table, phases(model.dit.cfg, position, *grid))
