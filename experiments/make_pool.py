@@ -1,6 +1,7 @@
 """Renders and encodes videos of the toy world, the training data of the tiny transformer.
 
-python experiments/make_pool.py --vae longlive_jax/weights/tiny/vae.safetensors --output pool --shards 10
+python experiments/make_pool.py --vae longlive_jax/weights/tiny/vae.safetensors --output pool
+--shards 10
 """
 
 import pathlib

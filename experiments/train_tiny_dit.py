@@ -1,7 +1,8 @@
 """Trains the tiny transformer and its text encoder on a pool of encoded toy-world videos.
 
-python experiments/train_tiny_dit.py --pool pool --workdir run --config experiments/configs/tiny_dit.py
-Stop it at any time; the same command goes on from the last checkpoint. New shards in the pool are picked up on the way.
+python experiments/train_tiny_dit.py --pool pool --workdir run --config
+experiments/configs/tiny_dit.py Stop it at any time; the same command goes on from the last
+checkpoint. New shards in the pool are picked up on the way.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Trains the tiny VAE on clips of the toy world.
 
-python experiments/train_vae.py --workdir run --config experiments/configs/tiny_vae.py
-Stop it at any time; the same command goes on from the last checkpoint. The moving average of the weights is written to
-WORKDIR/vae.safetensors with the latents' statistics in WORKDIR/statistics.json.
+python experiments/train_vae.py --workdir run --config experiments/configs/tiny_vae.py Stop it at
+any time; the same command goes on from the last checkpoint. The moving average of the weights is
+written to WORKDIR/vae.safetensors with the latents' statistics in WORKDIR/statistics.json.
 """
 
 import functools
@@ -33,7 +33,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/tiny_va
 def batches(cfg, seed: int):
     """Endless uint8 clips of one length, from anywhere in videos with switches and cuts.
 
-    Clips begin at multiples of four frames, so that a scene changes between two latents, as it does in a stream.
+    Clips begin at multiples of four frames, so that a scene changes between two latents, as it does
+    in a stream.
     """
     rng = np.random.default_rng(seed)
     recipe = toy_world.Recipe(switch_rate=0.2, cut_rate=0.1, two_things_rate=cfg.two_things)

@@ -1,7 +1,7 @@
 """Every choice the system takes, as frozen values.
 
-A preset is a `ModelConfig`; variants are made with `dataclasses.replace`. Counts that follow from others
-(tokens per chunk, frames per chunk) are properties, so that no number is written down twice.
+A preset is a `ModelConfig`; variants are made with `dataclasses.replace`. Counts that follow from
+others (tokens per chunk, frames per chunk) are properties, so that no number is written down twice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     rope_theta: float = 10000.0
-    # Rows and columns (in tokens) after which space repeats. None is Wan's geometric ladder of frequencies;
-    # a period takes harmonics of it instead, for worlds that wrap around.
+    # Rows and columns (in tokens) after which space repeats. None is Wan's geometric ladder of
+    # frequencies; a period takes harmonics of it instead, for worlds that wrap around.
     rope_period: tuple[int, int] | None = None
 
     @property
@@ -314,7 +314,9 @@ class SamplerConfig:
 
     @property
     def branches(self) -> int:
-        """Forwards per step, each with its own cache: 2 under guidance, the unconditional one included."""
+        """Forwards per step, each with its own cache: 2 under guidance, the unconditional one
+        included.
+        """
         return 1 if self.guidance == 1.0 else 2
 
 
@@ -357,7 +359,9 @@ def to_json(cfg: ModelConfig) -> dict:
 
 
 def from_json(data: dict) -> ModelConfig:
-    """The inverse of `to_json`. Raises TypeError for fields that there are none of, KeyError for missing parts."""
+    """The inverse of `to_json`. Raises TypeError for fields that there are none of, KeyError for
+    missing parts.
+    """
     parts = dict(dit=DiTConfig, vae=VAEConfig, text=TextConfig, stream=StreamConfig)
     parts |= dict(sampler=SamplerConfig)
     made = {name: kind(**_tuples(data[name])) for name, kind in parts.items()}

@@ -28,7 +28,9 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm of the last axis, in float32, times a learned scale (`model.py:WanRMSNorm`)."""
+    """Root-mean-square norm of the last axis, in float32, times a learned scale
+    (`model.py:WanRMSNorm`).
+    """
 
     def __init__(self, dim: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones(dim))

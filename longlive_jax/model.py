@@ -51,7 +51,9 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Weights and config. Everything that changes while a video is made is in a `session.Session`."""
+    """Weights and config. Everything that changes while a video is made is in a
+    `session.Session`.
+    """
 
     config: ModelConfig
     dit: DiT
@@ -59,7 +61,9 @@ class Model:
     text: TextEncoder
 
     def prompt_kv(self, prompts: Sequence[str]) -> TextKV:
-        """Cross-attention keys and values of one prompt per video, the unconditional rows after them under guidance."""
+        """Cross-attention keys and values of one prompt per video, the unconditional rows after
+        them under guidance.
+        """
         branches = self.config.sampler.branches
         rows = [*prompts, *[""] * len(prompts) * (branches - 1)]
         return _text_kv(self.dit, self.text(rows))
@@ -73,10 +77,12 @@ class Model:
         steps: int | None = None,
         events: Sequence[Event] = (),
     ) -> Iterator[Chunk]:
-        """Makes a video chunk by chunk; together the chunks have exactly round(seconds * fps) frames.
+        """Makes a video chunk by chunk; together the chunks have exactly round(seconds * fps)
+        frames.
 
-        An event applies at the first chunk whose first frame is at or after its time. A "switch" re-reads the window
-        under the new prompt (recache); a "cut" starts a new shot, with `CUT_PREFIX` before the prompt.
+        An event applies at the first chunk whose first frame is at or after its time. A "switch"
+        re-reads the window under the new prompt (recache); a "cut" starts a new shot, with
+        `CUT_PREFIX` before the prompt.
 
         Raises:
           InputError: the prompt is empty, or the length or an event makes no sense.
@@ -140,7 +146,8 @@ class Model:
     ) -> tuple[session.Session, TextKV]:
         """Puts prompts in force from the next chunk on, by a "switch" or a "cut".
 
-        prompts: of every video, whole. rows: the videos that change; the others keep their memory. None is all.
+        prompts: of every video, whole. rows: the videos that change; the others keep their memory.
+        None is all.
         """
         text = self.prompt_kv(prompts)
         rows = jnp.ones(len(prompts), bool) if rows is None else jnp.asarray(rows)
@@ -155,7 +162,8 @@ def _text_kv(dit: DiT, text: jax.Array) -> TextKV:
 
 
 def load(name: str = "tiny") -> Model:
-    """The model that ships with the package ("tiny"), or one in a folder: config.json, weights, tokenizer.
+    """The model that ships with the package ("tiny"), or one in a folder: config.json, weights,
+    tokenizer.
 
     Raises:
       InputError: there is no such model, or a part of it is missing or broken.

@@ -1,7 +1,8 @@
 """A video while it is made: state in, state out.
 
-A `Session` is everything that a video's next chunk depends on. `generate` denoises one chunk into it, `decode` turns the
-chunk into pixels, `recache` re-reads the window under a new prompt. All are pure functions, compiled once for any length.
+A `Session` is everything that a video's next chunk depends on. `generate` denoises one chunk into
+it, `decode` turns the chunk into pixels, `recache` re-reads the window under a new prompt. All are
+pure functions, compiled once for any length.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ KV = tuple[Array, Array]
 class Session:
     """State of `b` videos that advance together.
 
-    Under guidance the cache holds twice as many rows: the conditional ones, then the unconditional ones. `held` are the
-    latents of the frames in the cache, slot by slot; a recache needs them.
+    Under guidance the cache holds twice as many rows: the conditional ones, then the unconditional
+    ones. `held` are the latents of the frames in the cache, slot by slot; a recache needs them.
     """
 
     cache: KVCache
@@ -80,7 +81,9 @@ def generate(
     solver: sampler.Solver,
     guidance: float = 1.0,
 ) -> tuple[Session, Latents]:
-    """The next chunk: `denoise` as one program that updates the session in place, with the session's own noise."""
+    """The next chunk: `denoise` as one program that updates the session in place, with the
+    session's own noise.
+    """
     renoise = functools.partial(noise, session, first_noise.shape[1])
     return denoise(
         dit,
@@ -150,7 +153,9 @@ def _angles(
     taken: Int[Array, "rows f"],
     stream: StreamConfig,
 ) -> Float[Array, "rows n p"]:
-    """Rotary phases of the frames in the slots `taken`: each keeps its position and its shot's offset."""
+    """Rotary phases of the frames in the slots `taken`: each keeps its position and its shot's
+    offset.
+    """
     pick = lambda x: jnp.take_along_axis(x, taken, 1)  # noqa: E731
     position = pick(cache.frame) + stream.shot_offset * pick(cache.shot)
     rows, columns = (n // p for n, p in zip(held.shape[2:4], dit.cfg.patch[1:], strict=True))
@@ -161,10 +166,12 @@ def _angles(
 def recache(
     dit: DiT, session: Session, text: TextKV, which: Bool[Array, " b"], *, stream: StreamConfig
 ) -> Session:
-    """Re-reads every held frame under a new prompt, each chunk seeing itself and what came before it.
+    """Re-reads every held frame under a new prompt, each chunk seeing itself and what came before
+    it.
 
-    LongLive 1.0 section 3.1 (KV recache), in the causal layout that the paper describes. One clean pass over the window;
-    frames keep their slot, position and shot. `which` videos do so; the others keep their memory as it is.
+    LongLive 1.0 section 3.1 (KV recache), in the causal layout that the paper describes. One clean
+    pass over the window; frames keep their slot, position and shot. `which` videos do so; the
+    others keep their memory as it is.
     """
     cache = session.cache
     rows, count = cache.frame.shape
@@ -183,7 +190,9 @@ def recache(
 def decode(
     vae: VAE, session: Session, latents: Latents, *, first: bool
 ) -> tuple[Session, UInt8[Array, "b t H W 3"]]:
-    """Pixels of a chunk. `first`: it begins the video, and its first latent frame is one picture."""
+    """Pixels of a chunk. `first`: it begins the video, and its first latent frame is one
+    picture.
+    """
     frames, carry = stream(vae, session.carry, latents, first=first)
     pixels = jnp.clip(jnp.round((frames + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
     return dataclasses.replace(session, carry=carry), pixels

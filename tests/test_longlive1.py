@@ -245,7 +245,8 @@ def as_the_reference_does_with_an_odd_sink(number, taken, cache):
     """A sink of 4 frames ends inside the second chunk.
 
     The first chunk's calls attend the sink's last slot while it is still empty. The second chunk's
-    later calls leave that slot (3) as its first call, the noisiest, wrote it; nobody sees their key.
+    later calls leave that slot (3) as its first call, the noisiest, wrote it; nobody sees their
+    key.
     """
     if number < 3:
         return taken, cache.filled.at[:, 3].set(True)
@@ -264,7 +265,9 @@ def test_B2_kv_cache_variants_odd_sink():
 
 
 def test_B2_kv_cache_variants_odd_sink_is_clean_in_ours():
-    """Without them the sink's last frame has its clean key, and the first block differs in no other."""
+    """Without them the sink's last frame has its clean key, and the first block differs in no
+    other.
+    """
     calls, _ = stream_of(B2, "odd_", 12, 4)
     cache, first = calls[-1][-1], calls[3][-1]
     theirs = read(B2)["out/odd_cache_k_final"][0, 0].reshape(12, TOKENS, 2, 32)

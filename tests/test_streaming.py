@@ -20,7 +20,7 @@ from longlive_jax.dit.model import DiT
 from longlive_jax.dit.rope import phases
 
 SMALL = DiTConfig(dim=32, ffn_dim=64, heads=2, layers=2, channels=4, text_dim=8, text_len=5)
-STREAM = StreamConfig(chunk=2, window=6, sink=3)  # half a chunk is always held
+STREAM = StreamConfig(chunk=3, window=7, sink=2)  # sink and window both cut through chunks
 SAMPLER = SamplerConfig("renoise", steps=2, shift=5.0)
 SOLVER = sampler.make(SAMPLER)
 # A sampler that takes its noise for the video: what is given is written into the cache.
@@ -60,7 +60,7 @@ def chunks_of(seed, count, *, first=STREAM.chunk):
 def test_teacher_forcing_equals_streaming(dit, first):
     """Under the windowed table, [clean; noisy] sees what every step of every chunk saw."""
     start, text = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 0)
-    chunks = chunks_of(10, 7, first=first)
+    chunks = chunks_of(10, 6, first=first)
     again = [
         session.noise(dataclasses.replace(start, chunk=jnp.int32(i)), x.shape[1], 1)
         for i, x in enumerate(chunks)
@@ -138,7 +138,7 @@ def test_one_program_and_constant_memory_for_any_length(dit):
     assert len(set(held[1:])) == 1
     assert shapes(video) == before
     assert frames == 1 + 4 * (14 * STREAM.chunk - 1)
-    assert streams.attended(video.cache) == [[0, 1, 2, 25, 26, 27]]
+    assert streams.attended(video.cache) == [[0, 1, 37, 38, 39, 40, 41]]
 
 
 def test_rows_are_independent(dit):
@@ -174,7 +174,7 @@ def distance(one, two) -> dict[int, float]:
 
 def test_recache_under_the_same_prompt_changes_nothing(dit):
     """While the video is shorter than the window, also over a cut."""
-    text, chunks = prompt(dit, 3), chunks_of(40, 3)
+    text, chunks = prompt(dit, 3), chunks_of(40, 2)
     video, _ = play(dit, streams.begin(dit, STREAM, SAMPLER), text, chunks[:1])
     video = dataclasses.replace(video, shot=video.shot + 1)
     video, _ = play(dit, video, text, chunks[1:])
@@ -187,7 +187,7 @@ def test_recache_under_the_same_prompt_changes_nothing(dit):
 def test_recache_equals_a_video_made_under_the_new_prompt(dit):
     """The same latents, written by chunks under the new prompt, leave the same keys and values."""
     start, old, new = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 3), prompt(dit, 4)
-    video, latents = play(dit, copy(start), old, chunks_of(50, 3))
+    video, latents = play(dit, copy(start), old, chunks_of(50, 2))
     pieces = [latents[:, i : i + STREAM.chunk] for i in range(0, latents.shape[1], STREAM.chunk)]
     fresh, written = play(dit, start, new, pieces, solver=GIVEN)
     np.testing.assert_array_equal(written, latents)
@@ -202,7 +202,7 @@ def test_recache_leaves_nothing_of_the_old_prompt(dit):
     blank = jax.tree.map(jnp.ones_like, (video.cache.k, video.cache.v))
     wiped = dataclasses.replace(video.cache, k=blank[0], v=blank[1])
     again = recached(dit, video, new)
-    assert sorted(distance(video, again)) == [0, 1, 2, 13, 14, 15]
+    assert sorted(distance(video, again)) == [0, 1, 19, 20, 21, 22, 23]
     assert min(distance(video, again).values()) > 1e-3
     other = recached(dit, dataclasses.replace(video, cache=wiped), new)
     assert max(distance(again, other).values()) == 0.0

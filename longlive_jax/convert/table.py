@@ -1,6 +1,7 @@
 """Name tables: how parameters of a PyTorch checkpoint map to our tree, as data.
 
-A table is a list of rows. It is read in both directions, and strictly: every source tensor is used once and every
+A table is a list of rows. It is read in both directions, and strictly: every source tensor is used
+once and every
 parameter is filled once, or nothing is.
 """
 
@@ -23,11 +24,12 @@ CONV3D = (2, 3, 4, 1, 0)  # out in t h w -> t h w in out
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter. In `source`, `{i}` stands for the layer index of a parameter that we keep stacked.
+    """One parameter. In `source`, `{i}` stands for the layer index of a parameter that we keep
+    stacked.
 
-    axes: permutation from the PyTorch layout to ours, None where they agree.
-    squeeze: axes of size one that the PyTorch tensor has and ours lacks, counted before the permutation.
-    merge: sizes of the leading axes that we fold into one, after the permutation.
+    axes: permutation from the PyTorch layout to ours, None where they agree. squeeze: axes of size
+    one that the PyTorch tensor has and ours lacks, counted before the permutation. merge: sizes of
+    the leading axes that we fold into one, after the permutation.
     """
 
     source: str
@@ -63,7 +65,9 @@ def _complain(kind: str, names: Iterable[str]) -> str:
 
 
 def fill(model: M, rows: Sequence[Row], tensors: Mapping[str, np.ndarray]) -> M:
-    """A copy of `model` (abstract or concrete) holding `tensors`. Raises NameMismatch and changes nothing else."""
+    """A copy of `model` (abstract or concrete) holding `tensors`. Raises NameMismatch and changes
+    nothing else.
+    """
     leaves, used, problems, values = _leaves(model), set(), [], {}
     for row in rows:
         if row.target not in leaves:

@@ -1,6 +1,7 @@
 """Names of the Wan VAE's parameters (Wan2.1 `vae.py`, Wan2.2 `vae2_2.py`).
 
-2.1 numbers the layers of all levels in one flat list; 2.2 (the form with shortcuts) numbers levels, and layers within.
+2.1 numbers the layers of all levels in one flat list; 2.2 (the form with shortcuts) numbers levels,
+and layers within.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Encoded videos of the toy world, and the training sequences cut from them.
 
-A pool is made of shards: the latents of a few hundred whole videos, encoded as the streaming VAE would. Scripts are not
-stored: they follow from the shard's seed.
+A pool is made of shards: the latents of a few hundred whole videos, encoded as the streaming VAE
+would. Scripts are not stored: they follow from the shard's seed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class PoolConfig:
 class SequenceConfig:
     """How training sequences are cut from videos.
 
-    A sequence at the start is the first chunks of a video. A later one is what the cache holds by then: the first
-    chunk, a gap, and a run of chunks of which the last but one is where something happens.
+    A sequence at the start is the first chunks of a video. A later one is what the cache holds by
+    then: the first chunk, a gap, and a run of chunks of which the last but one is where something
+    happens.
     """
 
     start: Layout = Layout(clean=(0, 1, 2), noisy=(0, 0, 1, 2, 3))
@@ -66,7 +67,9 @@ def scripts(seed: int, videos: int, cfg: PoolConfig) -> list[toy_world.Script]:
 def write_shard(
     path: pathlib.Path, seed: int, videos: int, encode: Callable, cfg: PoolConfig, batch: int = 8
 ) -> None:
-    """Renders and encodes `videos` videos. encode: uint8 [b, t, H, W, 3] -> latents [b, f, h, w, c]."""
+    """Renders and encodes `videos` videos. encode: uint8 [b, t, H, W, 3] -> latents [b, f, h, w,
+    c].
+    """
     frames = toy_world.chunk_start(cfg.chunks, cfg.recipe.latents)
     made = scripts(seed, videos, cfg)
     groups = [made[i : i + batch] for i in range(0, videos, batch)]
@@ -124,7 +127,9 @@ def _choose(rng, script: toy_world.Script, total: int, cfg: SequenceConfig, star
 
 
 def _cut(rng, script, total: int, cfg: SequenceConfig, start: bool, stream: StreamConfig):
-    """One training sequence of a script, or None where its prompts are too many or nothing is left to learn."""
+    """One training sequence of a script, or None where its prompts are too many or nothing is left
+    to learn.
+    """
     chunks = _choose(rng, script, total, cfg, start)
     line = _replay(rng, script, chunks[-1] + 1, cfg.recache)
     layout = cfg.start if start else cfg.later

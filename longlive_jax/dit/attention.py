@@ -1,7 +1,8 @@
 """The `attn` callables: what differs between training, streaming and recaching.
 
-A block hands over queries and keys that are normalised but not rotated; an `attn` rotates them, decides what is visible,
-and returns `(out, state)`. `state` runs through the layers; it is None where nothing is remembered.
+A block hands over queries and keys that are normalised but not rotated; an `attn` rotates them,
+decides what is visible, and returns `(out, state)`. `state` runs through the layers; it is None
+where nothing is remembered.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Keys = Float[Array, "b m a d"]
 
 
 def attend(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "b n m"] | None = None) -> Heads:
-    """softmax(q kᵀ / √d) v, the softmax in float32. Rows with no visible key come out as the mean of v."""
+    """softmax(q kᵀ / √d) v, the softmax in float32. Rows with no visible key come out as the mean
+    of v.
+    """
     q, k, v = (
         jnp.swapaxes(x, 1, 2) for x in (q, k, v)
     )  # b a n d; batch axes in front are faster on CPUs
@@ -36,10 +39,11 @@ def attend(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "b n m"] | None = None)
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table"])
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """Attention under a static table over latent frames (`mask.table`), for training and bidirectional models.
+    """Attention under a static table over latent frames (`mask.table`), for training and
+    bidirectional models.
 
-    Frames with the same visible keys are computed together over just those keys, so empty tiles cost nothing.
-    table: rows of the boolean table, as nested tuples. angles: b n p.
+    Frames with the same visible keys are computed together over just those keys, so empty tiles
+    cost nothing. table: rows of the boolean table, as nested tuples. angles: b n p.
     """
 
     angles: Float[Array, "b n p"]
@@ -50,7 +54,8 @@ class Masked:
         starts = _pieces(self.table)
         tokens = q.shape[1] // len(self.table)
         cut = [start * tokens for start in starts[1:]]
-        # Split once and joined again, not indexed: the gradient is then a concatenation and a few sums.
+        # Split once and joined again, not indexed: the gradient is then a concatenation and a few
+        # sums.
         q, k, v = (jnp.split(x, cut, axis=1) for x in (q, k, v))
         out = []
         for piece, start in zip(q, starts, strict=True):
@@ -84,9 +89,11 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """Attention over the slot table: writes this call's frames into their slots, then attends the visible slots.
+    """Attention over the slot table: writes this call's frames into their slots, then attends the
+    visible slots.
 
-    slots: the slot of each of the call's frames. visible: which slot each of these frames may attend.
+    slots: the slot of each of the call's frames. visible: which slot each of these frames may
+    attend.
     """
 
     angles: Float[Array, "b n p"]

@@ -1,8 +1,9 @@
 """The KV cache: a table of slots, one latent frame each.
 
-Softmax does not care about the order of keys, and keys are stored rotated. So a new chunk simply takes free slots, or
-those of the oldest frames that are no sinks: nothing is ever shifted, and shapes never change (DESIGN: "a table of
-slots, not a rolling buffer"; replaces the roll-and-pin branches of `causal_model.py:CausalWanSelfAttention.forward`).
+Softmax does not care about the order of keys, and keys are stored rotated. So a new chunk simply
+takes free slots, or those of the oldest frames that are no sinks: nothing is ever shifted, and
+shapes never change (DESIGN: "a table of slots, not a rolling buffer"; replaces the roll-and-pin
+branches of `causal_model.py:CausalWanSelfAttention.forward`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ EMPTY = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, and what each slot holds. A slot is empty where `frame` is -1."""
+    """Keys and values of every layer, and what each slot holds. A slot is empty where `frame` is
+    -1.
+    """
 
     k: Float[Array, "layers b slots s a d"]
     v: Float[Array, "layers b slots s a d"]
@@ -45,7 +48,9 @@ def empty(
 
 
 def choose(cache: KVCache, frames: int, sink: int) -> Int[Array, "b f"]:
-    """Slots for the next `frames` latent frames: empty ones first, else the oldest frames that are no sinks."""
+    """Slots for the next `frames` latent frames: empty ones first, else the oldest frames that are
+    no sinks.
+    """
     never = jnp.iinfo(jnp.int32).max
     is_sink = cache.filled & (cache.frame < sink)
     age = jnp.where(is_sink, never, cache.frame)
@@ -59,7 +64,9 @@ def claim(
     chunk: Int[Array, ""],
     shot: Int[Array, " b"],
 ) -> KVCache:
-    """Labels `slots` as frames start, start + 1, … of `chunk`. Their keys and values follow with the first pass."""
+    """Labels `slots` as frames start, start + 1, … of `chunk`. Their keys and values follow with
+    the first pass.
+    """
     batch = jnp.arange(slots.shape[0])[:, None]
     frame = start + jnp.arange(slots.shape[1], dtype=jnp.int32)
     return dataclasses.replace(

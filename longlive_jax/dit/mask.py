@@ -1,7 +1,7 @@
 """Who may attend whom, as a small table over latent frames.
 
-Every latent frame of a sequence carries a label: is it noisy, which chunk is it in, which frame is it. A table is a
-boolean matrix over these labels, and one rule makes all of them:
+Every latent frame of a sequence carries a label: is it noisy, which chunk is it in, which frame is
+it. A table is a boolean matrix over these labels, and one rule makes all of them:
 
     clean → clean   key chunk <= query chunk          noisy → clean   key chunk < query chunk
     noisy → noisy   same chunk, same copy             clean → noisy   never
@@ -14,8 +14,9 @@ For two chunks of one frame, teacher forcing over [clean; noisy] is (rows query,
       n0 [  .  .  1  . ]
       n1 [  1  .  .  1 ]
 
-Chunk-causal attention is the clean half alone, bidirectional attention is one chunk, and a sequence-parallel order is
-the same labels permuted (LongLive 2.0 section 2.1; `causal_model.py:_prepare_teacher_forcing_mask` and its siblings).
+Chunk-causal attention is the clean half alone, bidirectional attention is one chunk, and a
+sequence-parallel order is the same labels permuted (LongLive 2.0 section 2.1;
+`causal_model.py:_prepare_teacher_forcing_mask` and its siblings).
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def teacher_forcing(video: Labels) -> Labels:
 
 
 def interleaved(video: Labels, ranks: int) -> Labels:
-    """[clean of rank 0, noisy of rank 0, clean of rank 1, …], as Balanced SP leaves it after the all-to-all."""
+    """[clean of rank 0, noisy of rank 0, clean of rank 1, …], as Balanced SP leaves it after the
+    all-to-all.
+    """
     frames = len(video.frame)
     if frames % ranks:
         raise ValueError(f"{frames} latent frames do not divide over {ranks} ranks")
@@ -76,9 +79,9 @@ def interleaved(video: Labels, ranks: int) -> Labels:
 def table(labels: Labels, *, window: int | None = None, sink: int = 0) -> np.ndarray:
     """Bool [f f], rows query, columns key.
 
-    window: frames that a query sees, counted back from the end of its own chunk and including it, None for all
-    (LongLive 1.0 `_prepare_blockwise_causal_attn_mask`). sink: first frames that stay visible once the window has
-    left them; they take their room from it, as in the streaming cache.
+    window: frames that a query sees, counted back from the end of its own chunk and including it,
+    None for all (LongLive 1.0 `_prepare_blockwise_causal_attn_mask`). sink: first frames that stay
+    visible once the window has left them; they take their room from it, as in the streaming cache.
     """
     noisy, chunk, frame, copy = (np.array(x) for x in dataclasses.astuple(labels))
     q, k = np.s_[:, None], np.s_[None, :]

@@ -1,6 +1,7 @@
 """The Wan diffusion transformer, written once (Wan2.2 `wan/modules/model.py:WanModel`).
 
-Teacher forcing, streaming, recaching and bidirectional models all run this forward; they differ in the `attn` passed in.
+Teacher forcing, streaming, recaching and bidirectional models all run this forward; they differ in
+the `attn` passed in.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Tokens = Float[Array, "b n e"]
 class TextKV:
     """Cross-attention keys and values of every layer, computed once per prompt.
 
-    The tokens of a sequence are cut into `s` equal segments; segment i attends prompt i. One prompt: s = 1.
+    The tokens of a sequence are cut into `s` equal segments; segment i attends prompt i. One
+    prompt: s = 1.
     """
 
     k: Float[Array, "*layers b s l a d"]
@@ -81,7 +83,9 @@ class Projections(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and MLP, modulated by the timestep (`model.py:WanAttentionBlock`)."""
+    """Self-attention, cross-attention and MLP, modulated by the timestep
+    (`model.py:WanAttentionBlock`).
+    """
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.self_attn = Projections(cfg, rngs=rngs)
@@ -167,7 +171,9 @@ class DiT(nnx.Module):
         return self.time_out(jax.nn.silu(self.time_in(h)))
 
     def text_kv(self, text: Float[Array, "b s l c"]) -> TextKV:
-        """Cross-attention keys and values of encoded prompts, zero rows included (they are attended)."""
+        """Cross-attention keys and values of encoded prompts, zero rows included (they are
+        attended).
+        """
         h = self.text_out(jax.nn.gelu(self.text_in(text), approximate=True))
         return jax.lax.map(lambda block: block.text_kv(h), self.blocks)
 

@@ -34,7 +34,8 @@ def phases(
 ) -> Float[Array, "b n p"]:
     """Angle of every token and complex channel; n = f * rows * columns, p = head_dim / 2.
 
-    `frames` are temporal positions in latent frames: (start + index + shot offset) * time scale, by the caller.
+    `frames` are temporal positions in latent frames: (start + index + shot offset) * time scale, by
+    the caller.
     """
     time, row, column = frequencies(cfg)
     f = frames.astype(jnp.float32)[:, :, None, None, None] * jnp.asarray(

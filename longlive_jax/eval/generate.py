@@ -17,8 +17,8 @@ def generator(
 ) -> Callable[[Sequence[Job]], Iterator[Video]]:
     """A callable that makes the videos of jobs, `batch` at a time, in their order.
 
-    Videos of one batch are as long as each other. Where only some of them have an event at a chunk, a row that has none
-    is given the prompt that it already has, and keeps the memory that it has.
+    Videos of one batch are as long as each other. Where only some of them have an event at a chunk,
+    a row that has none is given the prompt that it already has, and keeps the memory that it has.
     """
     solver = model.solver(steps)
 

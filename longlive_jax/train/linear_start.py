@@ -1,9 +1,10 @@
 """Starts a small VAE as a linear code, which training then only has to improve.
 
-In space the code is the principal components of pixel patches; in time, averages and differences (a Haar step) at each of
-the two halvings. A feature vector is [average | inner differences | outer differences], half, quarter and quarter of the
-width, all the way through. Residual branches begin at zero. The two heads, which are not linear, are fitted by least
-squares to the activations they see. From here a VAE is minutes ahead of one that starts from noise.
+In space the code is the principal components of pixel patches; in time, averages and differences (a
+Haar step) at each of the two halvings. A feature vector is [average | inner differences | outer
+differences], half, quarter and quarter of the width, all the way through. Residual branches begin
+at zero. The two heads, which are not linear, are fitted by least squares to the activations they
+see. From here a VAE is minutes ahead of one that starts from noise.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _LOGVAR = -4.0  # of the posterior, at first
 
 
 def linear_start(cfg: VAEConfig, clips: np.ndarray, seed: int) -> VAE:
-    """A VAE of one width and resolution that halves time twice, fitted to uint8 clips [b, t, H, W, 3].
+    """A VAE of one width and resolution that halves time twice, fitted to uint8 clips [b, t, H, W,
+    3].
 
     Raises ValueError for a configuration of another form.
     """
@@ -68,7 +70,9 @@ def linear_start(cfg: VAEConfig, clips: np.ndarray, seed: int) -> VAE:
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales one, biases and last kernels of residual branches zero, pointwise maps the identity, others noise."""
+    """Scales one, biases and last kernels of residual branches zero, pointwise maps the identity,
+    others noise.
+    """
     if not name.endswith("kernel"):
         return np.full(shape, name.endswith("scale"), np.float32)
     if name.startswith("conv"):

@@ -88,7 +88,9 @@ def create(weights: Weights, cfg: OptimizerConfig) -> TrainState:
 
 
 def update(state: TrainState, gradients: Weights, cfg: OptimizerConfig) -> TrainState:
-    """One optimiser step and one step of the moving average, which follows more closely while it is young."""
+    """One optimiser step and one step of the moving average, which follows more closely while it is
+    young.
+    """
     updates, opt = optimizer(cfg).update(gradients, state.optimizer, state.weights)
     weights = optax.apply_updates(state.weights, updates)
     age = state.step.astype(jnp.float32)

@@ -1,6 +1,8 @@
-"""Teacher-forcing training: clean and noisy halves in one forward (LongLive 2.0 section 2.1, `model/diffusion.py`).
+"""Teacher-forcing training: clean and noisy halves in one forward (LongLive 2.0 section 2.1,
+`model/diffusion.py`).
 
-Every noisy chunk is denoised from its own noise level, given the clean chunks before it; every chunk of a sequence is
+Every noisy chunk is denoised from its own noise level, given the clean chunks before it; every
+chunk of a sequence is
 supervised at once.
 """
 
@@ -36,8 +38,8 @@ class TextToLatents(nnx.Module):
 class Batch:
     """Sequences of n chunks with up to p prompts each.
 
-    `clean_prompt` says under which prompt a chunk is seen as context, `noisy_prompt` under which it is denoised.
-    `weight` is each noisy chunk's in the loss; 0 leaves it out.
+    `clean_prompt` says under which prompt a chunk is seen as context, `noisy_prompt` under which it
+    is denoised. `weight` is each noisy chunk's in the loss; 0 leaves it out.
     """
 
     latents: Float[Array, "b f h w c"]
@@ -52,7 +54,8 @@ class Batch:
 class Layout:
     """Which chunks of a sequence are in the forward, as context and to be denoised.
 
-    A chunk may be denoised more than once, each copy from noise of its own: its context is computed only once.
+    A chunk may be denoised more than once, each copy from noise of its own: its context is computed
+    only once.
     """
 
     clean: tuple[int, ...]
@@ -74,7 +77,9 @@ def every_chunk(n: int) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class CorruptionConfig:
-    """Noise levels: sigma = shift(u), u uniform, one per noisy chunk; part of the context is noised a little."""
+    """Noise levels: sigma = shift(u), u uniform, one per noisy chunk; part of the context is noised
+    a little.
+    """
 
     shift: float = 3.0
     context_sigma: float = 0.25  # at most

@@ -1,4 +1,6 @@
-"""Training of the causal video VAE: reconstruction and a small KL term, on whole clips from a video's start."""
+"""Training of the causal video VAE: reconstruction and a small KL term, on whole clips from a
+video's start.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Clips = UInt8[Array, "b t H W 3"]
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """mean |e| + squared · mean e² + kl · KL, e being the error of pixels in [0, 1] and KL in nats per latent number."""
+    """mean |e| + squared · mean e² + kl · KL, e being the error of pixels in [0, 1] and KL in nats
+    per latent number.
+    """
 
     squared: float = 4.0
     kl: float = 5e-4
@@ -29,7 +33,9 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Of one batch: the loss, the mean squared error in [0, 1] and the KL divergence per latent number."""
+    """Of one batch: the loss, the mean squared error in [0, 1] and the KL divergence per latent
+    number.
+    """
 
     loss: Float[Array, ""]
     mse: Float[Array, ""]
@@ -58,7 +64,9 @@ def loss(vae: VAE, video: Clips, key: jax.Array, cfg: LossConfig) -> tuple[Array
 
 
 def _axes(flat: weights.Weights) -> dict[str, MuonDimensionNumbers | None]:
-    """Muon for every kernel, a convolution being the matrix of all its taps; Adam for norms and biases."""
+    """Muon for every kernel, a convolution being the matrix of all its taps; Adam for norms and
+    biases.
+    """
 
     def axes(name: str, x: jax.Array) -> MuonDimensionNumbers | None:
         if not name.endswith("kernel"):

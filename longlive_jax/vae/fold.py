@@ -10,7 +10,9 @@ Video = Float[Array, "_ _ _ _ _"]  # b t h w c; every axis may change on the way
 
 
 def patchify(x: Video, size: int) -> Video:
-    """size × size pixels become channels, (c, column, row) from slow to fast (`vae2_2.py:patchify`)."""
+    """size × size pixels become channels, (c, column, row) from slow to fast
+    (`vae2_2.py:patchify`).
+    """
     return rearrange(x, "b t (h q) (w r) c -> b t h w (c r q)", q=size, r=size)
 
 
@@ -20,7 +22,8 @@ def unpatchify(x: Video, size: int) -> Video:
 
 
 def mean_down(x: Video, outputs: int, time: int, space: int) -> Video:
-    """Folds time × space × space neighbours into channels and averages groups down to `outputs` channels.
+    """Folds time × space × space neighbours into channels and averages groups down to `outputs`
+    channels.
 
     Missing frames count as zeros in front: a video's first frame is halved by a time factor of two
     (`vae2_2.py:AvgDown3D`).
@@ -31,6 +34,8 @@ def mean_down(x: Video, outputs: int, time: int, space: int) -> Video:
 
 
 def duplicate_up(x: Video, outputs: int, time: int, space: int) -> Video:
-    """Repeats channels and unfolds them into time × space × space neighbours (`vae2_2.py:DupUp3D`)."""
+    """Repeats channels and unfolds them into time × space × space neighbours
+    (`vae2_2.py:DupUp3D`).
+    """
     x = jnp.repeat(x, outputs * time * space * space // x.shape[-1], -1)
     return rearrange(x, "b t h w (c p q r) -> b (t p) (h q) (w r) c", p=time, q=space, r=space)

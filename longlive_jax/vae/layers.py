@@ -1,7 +1,9 @@
-"""Layers of the causal video VAE. Each takes what it must remember and returns what the next chunk must.
+"""Layers of the causal video VAE. Each takes what it must remember and returns what the next chunk
+must.
 
-Every layer is called as `layer(x, carry, first) -> (y, carry)`. A carry of None means that the video starts here; `first`
-says so to the layers that treat a video's first frame apart. Any number of frames may be passed at once.
+Every layer is called as `layer(x, carry, first) -> (y, carry)`. A carry of None means that the
+video starts here; `first` says so to the layers that treat a video's first frame apart. Any number
+of frames may be passed at once.
 """
 
 from __future__ import annotations
@@ -60,10 +62,12 @@ def _init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Array:
 
 
 class CausalConv(nnx.Module):
-    """Convolution over a neighbourhood in space, in a frame and those before it (`vae2_2.py:CausalConv3d`).
+    """Convolution over a neighbourhood in space, in a frame and those before it
+    (`vae2_2.py:CausalConv3d`).
 
-    It runs as one 2-D convolution whose input channels are the time taps side by side: XLA's 3-D convolution takes
-    two to three times as long on CPUs, forward and gradient. `kernel` is (time, space).
+    It runs as one 2-D convolution whose input channels are the time taps side by side: XLA's 3-D
+    convolution takes two to three times as long on CPUs, forward and gradient. `kernel` is (time,
+    space).
     """
 
     def __init__(
@@ -103,7 +107,9 @@ class FrameConv(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """x / |x| · sqrt(c) · scale over the channels, with no epsilon in the mean (`vae2_2.py:RMS_norm`)."""
+    """x / |x| · sqrt(c) · scale over the channels, with no epsilon in the mean
+    (`vae2_2.py:RMS_norm`).
+    """
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones(dim))
@@ -132,7 +138,9 @@ class ResBlock(nnx.Module):
 
 
 class FrameAttention(nnx.Module):
-    """Single-head self-attention among the pixels of one frame (`vae2_2.py:AttentionBlock`). Nothing to carry."""
+    """Single-head self-attention among the pixels of one frame (`vae2_2.py:AttentionBlock`).
+    Nothing to carry.
+    """
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.norm = Norm(dim)
@@ -147,7 +155,8 @@ class FrameAttention(nnx.Module):
 
 
 class Down(nnx.Module):
-    """Halves space with a strided convolution, then time with another (`vae2_2.py:Resample`, downsample modes).
+    """Halves space with a strided convolution, then time with another (`vae2_2.py:Resample`,
+    downsample modes).
 
     A video's first frame is not merged with anything: it passes the time step unchanged.
     """
@@ -170,7 +179,8 @@ class Down(nnx.Module):
 class Up(nnx.Module):
     """Doubles time, then space (`vae2_2.py:Resample`, upsample modes).
 
-    A video's first frame stays one frame, and the time convolution never sees it: the second has zeros on its left.
+    A video's first frame stays one frame, and the time convolution never sees it: the second has
+    zeros on its left.
     """
 
     def __init__(self, dim: int, outputs: int, *, time: int, space: int, rngs: nnx.Rngs):
@@ -202,7 +212,9 @@ def chain(layers, x: Video, carry: Carry, first: bool) -> tuple[Video, Carry]:
 
 
 class Shortcut(nnx.Module):
-    """Averages down or duplicates up to another resolution and channel count; no parameters, nothing to carry."""
+    """Averages down or duplicates up to another resolution and channel count; no parameters,
+    nothing to carry.
+    """
 
     def __init__(self, outputs: int, *, time: int, space: int, up: bool):
         self.outputs, self.time, self.space, self.up = outputs, time, space, up
@@ -215,9 +227,11 @@ class Shortcut(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks and a change of resolution, with the parameter-free shortcut of 2.2 around them.
+    """Residual blocks and a change of resolution, with the parameter-free shortcut of 2.2 around
+    them.
 
-    `vae2_2.py:Down_ResidualBlock`, `Up_ResidualBlock`; without the shortcut, one level of `vae.py`'s flat lists.
+    `vae2_2.py:Down_ResidualBlock`, `Up_ResidualBlock`; without the shortcut, one level of
+    `vae.py`'s flat lists.
     """
 
     def __init__(self, layers: list[nnx.Module], shortcut: Shortcut | None):

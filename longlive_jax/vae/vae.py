@@ -1,7 +1,9 @@
-"""The Wan causal video VAE: 2.1 (4×8×8), 2.2 (4×16×16) and smaller relatives, one family with an explicit carry.
+"""The Wan causal video VAE: 2.1 (4×8×8), 2.2 (4×16×16) and smaller relatives, one family with an
+explicit carry.
 
-The first latent of a video stands for one frame, every later one for four. Nothing in the modules knows where in a
-video it is: that is in the carry and in `first`, so a video may be coded in pieces of any length.
+The first latent of a video stands for one frame, every later one for four. Nothing in the modules
+knows where in a video it is: that is in the carry and in `first`, so a video may be coded in pieces
+of any length.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ Latents = Float[Array, "b f h w c"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VAECarry:
-    """What an encoder or a decoder remembers of the video so far; the size depends on the picture only."""
+    """What an encoder or a decoder remembers of the video so far; the size depends on the picture
+    only.
+    """
 
     layers: Carry
 
@@ -48,7 +52,9 @@ def _middle(cfg: VAEConfig, dim: int, rngs: nnx.Rngs) -> list[nnx.Module]:
 
 
 class Stack(nnx.Module):
-    """Convolution, layers at falling or rising resolution, normalised convolution: either half of the VAE."""
+    """Convolution, layers at falling or rising resolution, normalised convolution: either half of
+    the VAE.
+    """
 
     def __init__(self, conv_in: CausalConv, layers: list[nnx.Module], conv_out: CausalConv):
         self.conv_in = conv_in
@@ -84,9 +90,11 @@ def encoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
 
 
 def decoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
-    """Latents → frames in channels (`Decoder3d`). Without shortcuts, upsampling in space halves the width (2.1).
+    """Latents → frames in channels (`Decoder3d`). Without shortcuts, upsampling in space halves the
+    width (2.1).
 
-    The first convolution looks around itself whatever the configured kernel: a decoder without neighbours shows seams.
+    The first convolution looks around itself whatever the configured kernel: a decoder without
+    neighbours shows seams.
     """
     dims = [cfg.decoder_dim * m for m in reversed(cfg.multipliers)]
     levels, width = [], dims[0]
@@ -107,7 +115,9 @@ def decoder(cfg: VAEConfig, *, rngs: nnx.Rngs) -> Stack:
 
 
 class VAE(nnx.Module):
-    """Encoder and decoder with the 1×1×1 convolutions on either side of the latents (`vae2_2.py:WanVAE_`)."""
+    """Encoder and decoder with the 1×1×1 convolutions on either side of the latents
+    (`vae2_2.py:WanVAE_`).
+    """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -118,7 +128,9 @@ class VAE(nnx.Module):
 
 
 def normalise(cfg: VAEConfig, mean: Latents) -> Latents:
-    """Posterior means → the latents that the transformer sees, of standard deviation one per channel."""
+    """Posterior means → the latents that the transformer sees, of standard deviation one per
+    channel.
+    """
     if not cfg.mean:
         return mean
     return (mean - jnp.asarray(cfg.mean, mean.dtype)) / jnp.asarray(cfg.std, mean.dtype)
@@ -134,7 +146,9 @@ def denormalise(cfg: VAEConfig, latents: Latents) -> Latents:
 def posterior(
     vae: VAE, video: Frames, carry: Carry = None, *, first: bool = True
 ) -> tuple[Latents, Latents, Carry]:
-    """Mean and log-variance of the latents of a video or of its next frames, and the encoder's carry."""
+    """Mean and log-variance of the latents of a video or of its next frames, and the encoder's
+    carry.
+    """
     x, carry = vae.encoder(patchify(video, vae.cfg.patch), carry, first)
     mean, logvar = jnp.split(vae.conv1(x), 2, -1)
     return mean, logvar, carry
@@ -149,16 +163,19 @@ def generate(
 
 
 def encode(vae: VAE, video: Frames) -> Latents:
-    """A whole video of 1 + 4(f−1) frames in [−1, 1] → f normalised latents (`WanVAE_.encode`, the posterior mean).
+    """A whole video of 1 + 4(f−1) frames in [−1, 1] → f normalised latents (`WanVAE_.encode`, the
+    posterior mean).
 
-    Raises ValueError where the frames do not fill whole latents, or the picture whole latent pixels.
+    Raises ValueError where the frames do not fill whole latents, or the picture whole latent
+    pixels.
     """
     _check(vae.cfg, video, first=True)
     return normalise(vae.cfg, posterior(vae, video)[0])
 
 
 def decode(vae: VAE, latents: Latents) -> Frames:
-    """A whole video of f normalised latents → 1 + 4(f−1) frames, clamped to [−1, 1] (`WanVAE_.decode`).
+    """A whole video of f normalised latents → 1 + 4(f−1) frames, clamped to [−1, 1]
+    (`WanVAE_.decode`).
 
     All frames are in memory at once; `stream` is for videos of any length.
     """
@@ -166,7 +183,8 @@ def decode(vae: VAE, latents: Latents) -> Frames:
 
 
 def stream(vae: VAE, carry: VAECarry, latents: Latents, *, first: bool) -> tuple[Frames, VAECarry]:
-    """The next n latents of a video → their 4n frames (4n−3 where they are a video's first), clamped, and the carry.
+    """The next n latents of a video → their 4n frames (4n−3 where they are a video's first),
+    clamped, and the carry.
 
     `first` is static: two programs serve a video of any length.
     """
@@ -178,7 +196,9 @@ def stream(vae: VAE, carry: VAECarry, latents: Latents, *, first: bool) -> tuple
 def encode_stream(
     vae: VAE, carry: VAECarry, video: Frames, *, first: bool
 ) -> tuple[Latents, VAECarry]:
-    """The next 4n frames of a video (1 + 4(n−1) where they are its first) → n normalised latents and the carry."""
+    """The next 4n frames of a video (1 + 4(n−1) where they are its first) → n normalised latents
+    and the carry.
+    """
     _check(vae.cfg, video, first=first)
     mean, _, layers = posterior(vae, video, None if first else carry.layers, first=first)
     return normalise(vae.cfg, mean), VAECarry(layers)
