@@ -300,6 +300,13 @@ class StreamConfig:
     sink: int
     shot_offset: int = 8  # added to temporal RoPE positions at every cut (LongLive 2.0 section 4.2)
 
+    def __post_init__(self):
+        if self.chunk + self.sink > self.window:
+            raise ValueError(
+                f"a window of {self.window} has no room for a chunk of {self.chunk}"
+                f" beside a sink of {self.sink}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:

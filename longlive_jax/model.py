@@ -152,7 +152,7 @@ class Model:
         text = self.prompt_kv(prompts)
         rows = jnp.ones(len(prompts), bool) if rows is None else jnp.asarray(rows)
         if kind == "cut":
-            return dataclasses.replace(state, shot=state.shot + rows), text
+            return dataclasses.replace(state, shot=state.shot + rows.astype(jnp.int32)), text
         return session.recache(self.dit, state, text, rows, stream=self.config.stream), text
 
 

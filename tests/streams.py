@@ -17,6 +17,9 @@ from longlive_jax.dit.attention import Cached, LayerCache
 from longlive_jax.dit.rope import phases
 from longlive_jax.vae.vae import VAE
 
+# Half the time to compile; nothing here runs long.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 GRID = (4, 4)  # latent rows and columns: 2 x 2 tokens
 TOKENS = 4
 SMALL_VAE = VAEConfig(
@@ -61,20 +64,20 @@ def begin(
     return sessions.begin(model(dit, stream, sampler), vae(), batch, seed)
 
 
-@jax.jit
+@jit
 def text(dit, context):
     """Prompts b l c, one for all of a row's tokens."""
     return dit.text_kv(context[:, None])
 
 
-@functools.partial(jax.jit, static_argnames=("frames", "sink"))
+@functools.partial(jit, static_argnames=("frames", "sink"))
 def claim(cache, start, chunk, *, frames, sink):
     """Labels the slots of the next chunk."""
     taken = slots.choose(cache, frames, sink)
     return taken, slots.claim(cache, taken, start, chunk, jnp.zeros(taken.shape[0], jnp.int32))
 
 
-@jax.jit
+@jit
 def call(dit, cache, taken, visible, position, x, t, text):
     """Velocity of latents b f h w c that see the slots `visible` (b slots), and the cache."""
     rows, columns = (n // 2 for n in x.shape[2:4])
@@ -83,6 +86,14 @@ def call(dit, cache, taken, visible, position, x, t, text):
     state = LayerCache(cache.k, cache.v, jnp.zeros((), jnp.int32))
     v, state = dit(x, t, text, Cached(angles, taken, visible), state)
     return v, dataclasses.replace(cache, k=state.k, v=state.v)
+
+
+@functools.partial(jit, static_argnames=("stream", "solver", "guidance"))
+def denoise(dit, video, text, noise, draws=None, *, stream, solver, guidance=1.0):
+    """`session.denoise`, the noise between steps being `draws`, one for each step but the first."""
+    renoise = lambda step: draws[step - 1]  # noqa: E731
+    options = dict(stream=stream, solver=solver, guidance=guidance)
+    return sessions.denoise(dit, video, text, noise, renoise, **options)
 
 
 def by_frame(cache, x, row=0) -> dict[int, np.ndarray]:

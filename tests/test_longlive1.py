@@ -11,7 +11,7 @@ import pytest
 import streams
 import wan
 
-from longlive_jax import sampler, session
+from longlive_jax import sampler
 from longlive_jax.config import SamplerConfig, StreamConfig
 from longlive_jax.convert import wan_dit
 from longlive_jax.convert.table import export
@@ -58,18 +58,22 @@ def angles(dit, x, video):
     return phases(dit.cfg, position, x.shape[2] // 2, x.shape[3] // 2)
 
 
-@functools.partial(jax.jit, static_argnames=("table", "video"))
+@functools.partial(streams.jit, static_argnames=("table", "video"))
 def forward(dit, x, t, text, *, table, video):
+    return velocity(dit, x, t, text, table, video)
+
+
+def velocity(dit, x, t, text, table, video):
     attn = masked(np.array(table), angles(dit, x, video))
     return dit(x, t, dit.text_kv(text), attn)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("table", "video"))
+@functools.partial(streams.jit, static_argnames=("table", "video"))
 def forward_and_gradient(dit, x, t, text, cotangent, *, table, video):
     """Velocity, and the gradient of its product with `cotangent` with respect to the weights."""
 
     def product(dit):
-        v = forward(dit, x, t, text, table=table, video=video)
+        v = velocity(dit, x, t, text, table, video)
         return jnp.sum(v * cotangent), v
 
     gradient, v = jax.grad(product, has_aux=True)(dit)
@@ -310,13 +314,6 @@ STREAM = StreamConfig(CHUNK, window=12, sink=3)
 SAMPLER = SamplerConfig("renoise", steps=4, shift=5.0, timesteps=(1000, 750, 500, 250))
 
 
-@functools.partial(jax.jit, static_argnames=("stream", "solver"))
-def denoise(dit, video, text, noise, draws, *, stream, solver):
-    """`session.denoise` with recorded noise."""
-    renoise = lambda step: draws[step - 1]  # noqa: E731
-    return session.denoise(dit, video, text, noise, renoise, stream=stream, solver=solver)
-
-
 @pytest.mark.parametrize("prefix", ["", "global_"], ids=lambda p: f"{C}-{p}")
 def test_latents(prefix):
     """`global_` attends everything, as our window does while the video is shorter than it."""
@@ -333,7 +330,8 @@ def test_latents(prefix):
     video, latents = streams.begin(dit, STREAM, SAMPLER, batch=2), []
     for chunk, renoise in enumerate(draws):
         first = noise[:, chunk * CHUNK : (chunk + 1) * CHUNK]
-        video, out = denoise(dit, video, text, first, renoise, stream=STREAM, solver=solver)
+        inputs = dit, video, text, first, renoise
+        video, out = streams.denoise(*inputs, stream=STREAM, solver=solver)
         latents.append(np.moveaxis(np.asarray(out[:rows]), -1, -3))
     close(np.concatenate(latents, 1), C, f"{prefix}latents")
     held = kept(frames, STREAM.window, STREAM.sink)

@@ -9,7 +9,7 @@ import pytest
 import streams
 import wan
 
-from longlive_jax import sampler, session
+from longlive_jax import sampler
 from longlive_jax.config import SamplerConfig, StreamConfig
 
 ATOL = 5e-4  # as the index says of every 08 case
@@ -61,7 +61,7 @@ def test_latents(golden, facts, name):
         if cut:
             video = dataclasses.replace(video, shot=video.shot + 1)
         text = streams.text(dit, prompts(case, sampling, chunk))
-        video, out = session.generate(
+        video, out = streams.denoise(
             dit,
             video,
             text,

@@ -72,7 +72,7 @@ def test_teacher_forcing_equals_streaming(dit, first):
     table = mask.table(labels, window=STREAM.window, sink=STREAM.sink)
     attn = masked(table, phases(SMALL, jnp.asarray([labels.frame], jnp.float32), 2, 2))
 
-    @jax.jit
+    @streams.jit
     def velocity(dit, x, t):
         t = jnp.repeat(jnp.stack([jnp.zeros(()), t]), frames)[None]
         return dit(jnp.concatenate([latents, x], 1), t, text, attn)[0][:, frames:]
