@@ -13,7 +13,7 @@ from longlive_jax.errors import InputError
 class Event:
     """A change of prompt, from the first chunk on whose first frame is at or after `time_s`."""
 
-    time_s: float
+    time_s: float | int
     kind: str  # "switch" keeps the shot, "cut" starts a new one
     prompt: str
 
@@ -36,7 +36,7 @@ def parse(kind: str, text: str) -> Event:
     return Event(seconds, kind, prompt.strip())
 
 
-def in_order(events: Sequence[Event], seconds: float) -> tuple[Event, ...]:
+def in_order(events: Sequence[Event], seconds: float | int) -> tuple[Event, ...]:
     """The events by time, for a video of that length.
 
     Raises:

@@ -71,7 +71,7 @@ class Model:
     def stream(
         self,
         prompt: str,
-        seconds: float = 10.0,
+        seconds: float | int = 10,
         *,
         seed: int = 0,
         steps: int | None = None,

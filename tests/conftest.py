@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 
 import json  # noqa: E402
 import pathlib  # noqa: E402
+import signal  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -17,6 +18,9 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
+
+# Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -1,0 +1,107 @@
+"""The model that ships: prompts in, a video file out, on this machine."""
+
+import json
+
+import av
+import jax
+import numpy as np
+import pytest
+
+import longlive_jax
+from longlive_jax import cli, session
+from longlive_jax.bench import CompileClock
+from longlive_jax.errors import InputError
+from longlive_jax.model import SHIPPED
+
+RED = "a red circle moves left over a black background"
+BLUE = "a blue circle moves left over a black background"
+GREEN = "a green square bounces over a grey background"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return longlive_jax.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def changes():
+    return (
+        longlive_jax.Event(2.0, "switch", BLUE),
+        longlive_jax.Event(3.0, "cut", GREEN),
+    )
+
+
+def test_a_stream_has_the_frames_and_the_changes_asked_for(tiny, changes):
+    chunks = list(tiny.stream(RED, seconds=4, steps=1, events=changes))
+    assert [len(chunk.frames) for chunk in chunks] == [9, 12, 12, 12, 12, 7]
+    assert all(chunk.frames.shape[1:] == (64, 64, 3) for chunk in chunks)
+    assert all(chunk.frames.dtype == np.uint8 for chunk in chunks)
+    # The first chunks whose first frame is at or after 2 s and 3 s begin with frames 33 and 57.
+    assert [chunk.prompt for chunk in chunks] == [RED, RED, RED, BLUE, BLUE, GREEN]
+    applied = [(e.prompt, e.applied_s) for chunk in chunks for e in chunk.applied]
+    assert applied == [(BLUE, 33 / 16), (GREEN, 57 / 16)]
+
+
+def test_the_same_seed_makes_the_same_video(tiny):
+    def frames(seed):
+        return np.concatenate([c.frames for c in tiny.stream(RED, 1, seed=seed, steps=1)])
+
+    np.testing.assert_array_equal(frames(3), frames(3))
+    assert (frames(3) != frames(4)).any()
+
+
+def test_nothing_is_compiled_after_the_second_chunk(tiny, changes):
+    stream = tiny.stream(RED, seconds=6, steps=1, events=changes)
+    next(stream), next(stream)
+    with CompileClock() as clock:
+        rest = list(stream)
+    assert len(rest) > 5
+    assert clock.programs == 0
+
+
+def test_memory_does_not_grow_with_the_video(tiny):
+    def held(chunks):
+        stream = tiny.stream(RED, seconds=60, steps=1)
+        for _ in range(chunks):
+            next(stream)
+        total = sum(x.nbytes for x in jax.live_arrays())
+        stream.close()
+        return total
+
+    assert held(30) <= held(5)
+
+
+def test_a_switch_rereads_the_window_and_a_cut_does_not(tiny):
+    text = tiny.prompt_kv([RED])
+    state = session.begin(tiny.config, tiny.vae, batch=1, seed=0)
+    state, _ = tiny.next_latents(state, text, tiny.solver(1))
+    before = np.asarray(state.cache.v)
+    cut, _ = tiny.change(jax.tree.map(jax.numpy.copy, state), "cut", [BLUE])
+    np.testing.assert_array_equal(cut.cache.v, before)
+    assert int(cut.shot[0]) == 1
+    switched, _ = tiny.change(state, "switch", [BLUE])
+    assert (np.asarray(switched.cache.v) != before).any()
+
+
+def test_generate_writes_a_video_and_a_report(tmp_path):
+    video, report = tmp_path / "out.mp4", tmp_path / "out.json"
+    arguments = ["generate", "--prompt", RED, "--seconds", "3", "--steps", "1"]
+    arguments += ["--at", f"1: {BLUE}", "--cut", f"2: {GREEN}"]
+    arguments += ["--output", str(video), "--json", str(report)]
+    assert cli.run(arguments, load=longlive_jax.load) == 0
+    with av.open(str(video)) as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) == 48
+    assert (frames[0].width, frames[0].height) == (64, 64)
+    said = json.loads(report.read_text())
+    assert said["frames"] == 48 and said["steps"] == 1
+    assert [s["requested_s"] for s in said["switches"]] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "vae.safetensors", "tokenizer.json"])
+def test_a_model_without_a_part_is_refused(tmp_path, missing):
+    for path in (SHIPPED / "tiny").iterdir():
+        if path.name != missing:
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(InputError):
+        longlive_jax.load(str(tmp_path))
