@@ -27,7 +27,7 @@ from longlive_jax.train import teacher_forcing as tf
 
 _POOL = flags.DEFINE_string("pool", None, "Folder written by make_pool.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
-_INIT = flags.DEFINE_string("init", None, "safetensors to start from instead of random weights.")
+_INIT = flags.DEFINE_string("init", None, "Folder of a model to start from, not random weights.")
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/tiny_dit.py")
 
 
@@ -70,7 +70,9 @@ def main(_):
     tokenizer = tiny_tokenizer()
     flat = weights.flatten(make_model(jax.random.key(cfg.seed)))
     if _INIT.value:
-        flat = weights.load(_INIT.value)
+        folder = pathlib.Path(_INIT.value)
+        parts = {part: weights.load(folder / f"{part}.safetensors") for part in ("dit", "text")}
+        flat = {f"{part}.{name}": x for part, held in parts.items() for name, x in held.items()}
     state = train_state.create(flat, optimizer)
     logging.info("%d parameters", sum(x.size for x in flat.values()))
     manager = ocp.CheckpointManager(
