@@ -103,11 +103,9 @@ class Model:
         cfg = self.config
         state = session.begin(cfg, self.vae, batch=1, seed=seed)
         text = self.prompt_kv([prompt])
-        if any(
-            event.kind == "switch" for event in events
-        ):  # compiled now, not while the video plays
-            nobody = jnp.zeros(1, bool)
-            state = session.recache(self.dit, state, text, nobody, stream=cfg.stream)
+        nobody = np.zeros(1, bool)
+        for kind in {event.kind for event in events}:  # compiled now, not while the video plays
+            state, _ = self.change(state, kind, [prompt], nobody)
         for index, first in enumerate(starts):
             applied = []
             while events and events[0].time_s * cfg.fps <= first:
@@ -150,7 +148,7 @@ class Model:
         None is all.
         """
         text = self.prompt_kv(prompts)
-        rows = jnp.ones(len(prompts), bool) if rows is None else jnp.asarray(rows)
+        rows = jnp.asarray(np.ones(len(prompts), bool) if rows is None else rows)
         if kind == "cut":
             return dataclasses.replace(state, shot=state.shot + rows.astype(jnp.int32)), text
         return session.recache(self.dit, state, text, rows, stream=self.config.stream), text
