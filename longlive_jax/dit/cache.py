@@ -2,8 +2,8 @@
 
 Softmax does not care about the order of keys, and keys are stored rotated. So a new chunk simply
 takes free slots, or those of the oldest frames that are no sinks: nothing is ever shifted, and
-shapes never change (DESIGN: "a table of slots, not a rolling buffer"; replaces the roll-and-pin
-branches of `causal_model.py:CausalWanSelfAttention.forward`).
+shapes never change. Replaces the roll-and-pin branches of
+`causal_model.py:CausalWanSelfAttention.forward`.
 """
 
 from __future__ import annotations
