@@ -34,20 +34,22 @@ class SequenceConfig:
 
     A sequence at the start is the first chunks of a video. A later one is what the cache holds by
     then: the first chunk, a gap, and a run of chunks of which the last but one is where something
-    happens.
+    happens. Hops, circles and switches of shape or motion are learned late: they are drawn more
+    often.
     """
 
-    start: Layout = Layout(clean=(0, 1, 2), noisy=(0, 0, 1, 2, 3))
+    start: Layout = Layout(clean=(0, 1), noisy=(0, 0, 0, 1, 2))
     later: Layout = Layout(clean=(0, 1, 2, 3), noisy=(3, 3, 3, 4, 4))
-    start_share: float = 0.35
+    start_share: float = 0.5  # the first chunk has only its prompt to go by
     event_share: float = (
-        0.65  # of the later sequences have a switch or a cut at the last chunk but one
+        0.8  # of the later sequences have a switch or a cut at the last chunk but one
     )
+    easy: float = 0.4  # of the sequences that show none of these are kept
     recache: float = (
         0.85  # of the switches: what came before is seen under the new prompt, as after a recache
     )
     full: float = 0.7  # of the sequences in which some noisy chunks would not count are dropped
-    drop: float = 0.06  # of the sequences: no prompt, for guidance
+    drop: float = 0.1  # of the sequences: no prompt, for guidance
     far: float = 0.5  # of the gaps are stretched, up to `reach` latent frames
     reach: int = 1000
     prompts: int = 3  # at most, in one sequence
@@ -134,6 +136,8 @@ def _cut(rng, script, total: int, cfg: SequenceConfig, start: bool, stream: Stre
     line = _replay(rng, script, chunks[-1] + 1, cfg.recache)
     layout = cfg.start if start else cfg.later
     weight = [float(chunks[c] >= line.since) for c in layout.noisy]
+    if not _hard(script, line.segment, chunks) and rng.random() >= cfg.easy:
+        return None
     used = sorted({line.segment[c] for c in chunks} | {line.context[c] for c in chunks})
     idle = not all(weight) and rng.random() < cfg.full
     if len(used) > cfg.prompts or idle or not any(weight):
@@ -152,6 +156,17 @@ def _cut(rng, script, total: int, cfg: SequenceConfig, start: bool, stream: Stre
         weight=np.array(weight, np.float32),
     )
     return chunks, [script.segments[s] for s in used], fields
+
+
+def _hard(script: toy_world.Script, segment: list[int], chunks: list[int]) -> bool:
+    """Whether anything hops or circles, or changes its shape or motion, in a sequence's chunks."""
+    segments = [script.segments[i] for i in sorted({segment[c] for c in chunks})]
+    things = [s.scene.things for s in segments]
+    swings = any(t.motion in ("bounces", "circles") for held in things for t in held)
+    form = [[(t.shape, t.motion) for t in held] for held in things]
+    return swings or any(
+        after.kind == "switch" and form[i] != form[i + 1] for i, after in enumerate(segments[1:])
+    )
 
 
 def sample(
