@@ -8,7 +8,7 @@ def get_config() -> ml_collections.ConfigDict:
         dict(
             seed=0,
             batch=12,
-            optimizer=dict(kind="muon", learning_rate=0.01, steps=2700, decay=0.75),
+            optimizer=dict(kind="muon", learning_rate=0.01, steps=1700, decay=0.75),
             corruption=dict(shift=3.0),
             sequence=dict(),
             log_every=50,

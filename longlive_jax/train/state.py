@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from longlive_jax.weights import Weights
@@ -31,30 +31,30 @@ class OptimizerConfig:
     ema: float = 0.998
 
     def schedule(self, peak: float) -> optax.Schedule:
-        plateau = int(self.steps * (1 - self.decay))
-        return optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, peak, self.warmup),
-                optax.constant_schedule(peak),
-                optax.linear_schedule(peak, peak * self.floor, max(1, self.steps - plateau)),
-            ],
-            [self.warmup, max(plateau, self.warmup)],
-        )
+        plateau = max(int(self.steps * (1 - self.decay)), self.warmup)
+        end = plateau + max(1, self.steps - int(self.steps * (1 - self.decay)))
+        places = jnp.array([0.0, self.warmup, plateau, end])
+        values = peak * jnp.array([0.0, 1.0, 1.0, self.floor])
+        return lambda count: jnp.interp(jnp.asarray(count, jnp.float32), places, values)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: Int[Array, ""]
-    weights: Weights
-    ema: Weights
+    """The fields are typed loosely: a checkpoint's reader also fills them with names and shapes."""
+
+    step: Any  # int32
+    weights: Any  # Weights, as are the moving averages
+    ema: Any
     optimizer: Any
 
 
-def _muon_axes(weights: Weights) -> dict[str, MuonDimensionNumbers | None]:
-    """Muon for the kernels of the stacked blocks, Adam for everything else."""
+def _muon_axes(weights: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+    """Muon for the kernels of the stacked blocks, Adam for everything else. optax also asks with
+    the leaves of Adam masked out.
+    """
 
-    def axes(name: str, value: jax.Array) -> MuonDimensionNumbers | None:
+    def axes(name: str, value: Any) -> MuonDimensionNumbers | None:
         stacked = "blocks." in name and name.endswith("kernel") and value.ndim == 3
         return MuonDimensionNumbers(reduction_axis=1, output_axis=2) if stacked else None
 
@@ -91,7 +91,8 @@ def update(state: TrainState, gradients: Weights, cfg: OptimizerConfig) -> Train
     """One optimiser step and one step of the moving average, which follows more closely while it is
     young.
     """
-    updates, opt = optimizer(cfg).update(gradients, state.optimizer, state.weights)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
+        updates, opt = optimizer(cfg).update(gradients, state.optimizer, state.weights)
     weights = optax.apply_updates(state.weights, updates)
     age = state.step.astype(jnp.float32)
     decay = jnp.minimum(cfg.ema, (1.0 + age) / (10.0 + age))
