@@ -1,31 +1,47 @@
 """Weights as a flat dict, path to array: what optimisers, checkpoints and files hold.
 
-A path is the attribute path joined by dots ("blocks.self_attn.q.kernel").
+A path is the attribute path joined by dots ("blocks.self_attn.q.kernel"). Files are safetensors,
+written and read one tensor at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import TypeVar
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longlive_jax.convert import source, table
+from longlive_jax.convert.source import Tensors
+from longlive_jax.convert.table import Pending, Row
+from longlive_jax.errors import InputError
+
 M = TypeVar("M", bound=nnx.Module)
 Weights = Mapping[str, jax.Array]
+# Where a parameter goes, of its path and shape.
+Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+_NAMES = {dtype: name for name, dtype in source.DTYPES.items()}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def flatten(model: nnx.Module) -> dict[str, jax.Array]:
+def flatten(model: nnx.Module) -> dict[str, Any]:
     """The parameters of `model`; of an abstract one, their shapes and types."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
-def unflatten(model: M, weights: Weights) -> M:
+def unflatten(model: M, weights: Mapping[str, Any]) -> M:
     """A module like `model` (abstract or concrete) that holds `weights`."""
     graph, state = nnx.split(model)
     paths = nnx.to_flat_state(state)
@@ -34,24 +50,206 @@ def unflatten(model: M, weights: Weights) -> M:
 
 
 def save(path: str | os.PathLike, weights: Weights, dtype=None) -> None:
-    """Writes safetensors, whole or not at all; `dtype` casts on the way."""
-    from safetensors.numpy import save_file
-
+    """Writes one safetensors file, whole or not at all; `dtype` casts on the way."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    host = {k: np.asarray(v if dtype is None else v.astype(dtype)) for k, v in weights.items()}
-    partial = path.with_suffix(".partial")
-    save_file(host, partial)
-    partial.replace(path)
+    with _whole(path.parent) as new:
+        _write_file(new(path.name), table.unchanged(weights), dtype, {})
 
 
 def load(path: str | os.PathLike, dtype=jnp.float32) -> dict[str, jax.Array]:
-    """Reads safetensors and casts to `dtype`."""
-    import safetensors
+    """Reads a checkpoint of one group of tensors and casts it to `dtype`."""
+    (tensors,) = source.open_checkpoint(path).groups.values()
+    return {name: _to_device(tensors[name], dtype) for name in tensors}
 
-    tensors = safetensors.deserialize(pathlib.Path(path).read_bytes())
-    names = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-    return {
-        name: jnp.asarray(np.frombuffer(t["data"], names[t["dtype"]]).reshape(t["shape"]), dtype)
-        for name, t in tensors
+
+def write(
+    folder: str | os.PathLike,
+    part: str,
+    pending: Mapping[str, Pending],
+    *,
+    dtype=None,
+    shard_bytes: int = 4 << 30,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a part of a model: `part.safetensors`, or numbered shards and their index.
+
+    Tensors are made and written one piece at a time. Files appear when all is written, in the place
+    of what the part was before; on any error what was there stays as it was.
+
+    dtype: floating tensors are cast to it; None keeps their types. shard_bytes: a shard holds no
+    more, or one tensor. metadata: strings for the header of each file.
+
+    Raises:
+      InputError: the disk is full, or the folder cannot be made.
+    """
+    folder, metadata = pathlib.Path(folder), metadata or {}
+    sizes = {name: _size(entry, dtype) for name, entry in pending.items()}
+    shards = _shards(sizes, shard_bytes)
+    count = len(shards)
+    names = [f"{part}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [f"{part}.safetensors"]
+    index = f"{part}.safetensors.index.json"
+    with _whole(folder, sum(sizes.values())) as new:
+        for name, shard in zip(names, shards, strict=True):
+            _write_file(new(name), {key: pending[key] for key in shard}, dtype, metadata)
+        if count > 1:
+            places = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
+            listing = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            new(index).write_text(json.dumps(listing, indent=1) + "\n", "utf-8")
+    kept = {*names, *([index] if count > 1 else [])}
+    for path in _files(folder, part):
+        if path.name not in kept:
+            path.unlink()
+
+
+def read(folder: str | os.PathLike, part: str) -> Tensors:
+    """A part of a model, lazily.
+
+    Raises:
+      InputError: it is not there, or broken.
+    """
+    folder = pathlib.Path(folder)
+    index = folder / f"{part}.safetensors.index.json"
+    if index.exists():
+        return source.indexed(index)
+    return source.open_checkpoint(folder / f"{part}.safetensors").groups[""]
+
+
+def exists(folder: str | os.PathLike, part: str) -> bool:
+    """Whether a folder has a part of a model."""
+    return bool(_files(pathlib.Path(folder), part))
+
+
+def place(abstract: M, tensors: Tensors, *, dtype, sharding: Sharding | None = None) -> M:
+    """A module like `abstract` that holds `tensors`, each put from its file on its devices, one
+    after the other.
+
+    dtype: of all parameters. sharding: of each; None is the default device.
+
+    Raises:
+      NameMismatch: the tensors are not the module's parameters.
+    """
+    paths = flatten(abstract)
+    table.plan(abstract, [Row(path, path) for path in paths], tensors)
+    put = {
+        path: _to_device(tensors[path], dtype, sharding and sharding(path, leaf.shape))
+        for path, leaf in paths.items()
     }
+    return unflatten(abstract, put)
+
+
+def _to_device(x: np.ndarray, dtype, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    # The cast copies: an array on a CPU may otherwise stay a window on the file.
+    if sharding is None:
+        value = jnp.asarray(x.astype(dtype))
+    else:
+        value = jax.make_array_from_callback(x.shape, sharding, lambda i: x[i].astype(dtype))
+    # Transfers run ahead, each with its copy on the host.
+    return jax.block_until_ready(value)
+
+
+def _files(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
+    single = [f"{part}.safetensors", f"{part}.safetensors.index.json"]
+    found = [folder / name for name in single if (folder / name).exists()]
+    return found + sorted(folder.glob(f"{part}-?????-of-?????.safetensors"))
+
+
+def _cast(dtype: np.dtype, wanted) -> np.dtype:
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return np.dtype(dtype if wanted is None or not floating else wanted)
+
+
+def _size(entry: Pending, dtype) -> int:
+    return math.prod(entry.shape) * _cast(entry.dtype, dtype).itemsize
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut where a shard would exceed the limit."""
+    shards, room = [[]], limit
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+@contextlib.contextmanager
+def _whole(folder: pathlib.Path, size: int = 0) -> Iterator[Callable[[str], pathlib.Path]]:
+    """Gives paths to write to, which get the names asked for when all went well, and vanish when
+    not. Folders made for them vanish too.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    partial: dict[pathlib.Path, pathlib.Path] = {}
+
+    def new(name: str) -> pathlib.Path:
+        path = folder / f"{name}.partial"
+        partial[path] = folder / name
+        return path
+
+    with contextlib.ExitStack() as undo:
+        for path in reversed(made):
+            undo.callback(_remove_folder, path)
+        undo.callback(lambda: [path.unlink(missing_ok=True) for path in partial])
+        try:
+            _make_folder(folder)
+            if shutil.disk_usage(folder).free < size:
+                raise OSError(errno.ENOSPC, "no space left")
+            yield new
+            for path, final in partial.items():
+                path.replace(final)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            need = f" for {size / 1e9:.1f} GB" if size else ""
+            raise InputError(f'no space left in "{folder}"{need}: nothing was written') from error
+        undo.pop_all()
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f'cannot write to "{folder}": {error.strerror}') from error
+
+
+def _remove_folder(path: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):  # somebody else put something there
+        path.rmdir()
+
+
+def _write_file(
+    path: pathlib.Path, pending: Mapping[str, Pending], dtype, metadata: Mapping[str, str]
+) -> None:
+    """One safetensors file: the length of the header, the header, the data without gaps."""
+    # Wide types first, so that every tensor is aligned.
+    order = sorted(pending, key=lambda name: -_cast(pending[name].dtype, dtype).itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        begin, end = end, end + _size(pending[name], dtype)
+        kind = _NAMES[_cast(pending[name].dtype, dtype)]
+        shape = list(pending[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        _put(file, len(text).to_bytes(8, "little") + text)
+        for name in order:
+            _write_tensor(file, name, pending[name], dtype)
+
+
+def _write_tensor(file: BinaryIO, name: str, entry: Pending, dtype) -> None:
+    written = 0
+    for piece in entry.pieces():
+        data = np.ascontiguousarray(piece, _cast(entry.dtype, dtype)).reshape(-1).view(np.uint8)
+        _put(file, data)
+        written += data.nbytes
+    if written != _size(entry, dtype):
+        raise ValueError(f"{name} has {written} bytes, not those of {tuple(entry.shape)}")
+
+
+def _put(file: BinaryIO, data: bytes | np.ndarray) -> None:
+    """The one place where weights meet the disk."""
+    file.write(memoryview(data))
