@@ -7,6 +7,7 @@ others (tokens per chunk, frames per chunk) are properties, so that no number is
 from __future__ import annotations
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,30 @@ class VAEConfig:
         return stride
 
 
+@dataclasses.dataclass(frozen=True)
+class TAEConfig:
+    """Shape of a tiny autoencoder (`taehv.py:TAEHV`) that speaks the normalised latents of a Wan
+    VAE.
+    """
+
+    latent_channels: int
+    patch: int = 1  # pixels folded into channels before the first convolution
+    encoder_dim: int = 64
+    decoder_dims: tuple[int, ...] = (256, 128, 64, 64)  # before each upsampling, and at the end
+    blocks: int = 3
+    strides: tuple[tuple[int, int], ...] = ((2, 2), (2, 2), (1, 2))  # (time, space), encoder order
+
+    @property
+    def time_stride(self) -> int:
+        return math.prod(time for time, _ in self.strides)
+
+    @property
+    def space_stride(self) -> int:
+        return self.patch * math.prod(space for _, space in self.strides)
+
+
+# Eight statistics to a line.
+# fmt: off
 _WAN_STRIDES = ((1, 2), (2, 2), (2, 2))
 
 WAN21_VAE = VAEConfig(
@@ -74,44 +99,14 @@ WAN21_VAE = VAEConfig(
     multipliers=(1, 2, 4, 4),
     res_blocks=2,
     strides=_WAN_STRIDES,
-    # fmt: off
     mean=(
-        -0.7571,
-        -0.7089,
-        -0.9113,
-        0.1075,
-        -0.1745,
-        0.9653,
-        -0.1517,
-        1.5508,
-        0.4134,
-        -0.0715,
-        0.5517,
-        -0.3632,
-        -0.1922,
-        -0.9497,
-        0.2503,
-        -0.2921,
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
     ),
     std=(
-        2.8184,
-        1.4541,
-        2.3275,
-        2.6558,
-        1.2196,
-        1.7708,
-        2.6052,
-        2.0743,
-        3.2687,
-        2.1526,
-        2.8652,
-        1.5579,
-        1.6382,
-        1.1253,
-        2.8251,
-        1.9160,
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     ),
-    # fmt: on
 )
 
 WAN22_VAE = VAEConfig(
@@ -123,108 +118,22 @@ WAN22_VAE = VAEConfig(
     strides=_WAN_STRIDES,
     patch=2,
     shortcut=True,
-    # fmt: off
     mean=(
-        -0.2289,
-        -0.0052,
-        -0.1323,
-        -0.2339,
-        -0.2799,
-        0.0174,
-        0.1838,
-        0.1557,
-        -0.1382,
-        0.0542,
-        0.2813,
-        0.0891,
-        0.1570,
-        -0.0098,
-        0.0375,
-        -0.1825,
-        -0.2246,
-        -0.1207,
-        -0.0698,
-        0.5109,
-        0.2665,
-        -0.2108,
-        -0.2158,
-        0.2502,
-        -0.2055,
-        -0.0322,
-        0.1109,
-        0.1567,
-        -0.0729,
-        0.0899,
-        -0.2799,
-        -0.1230,
-        -0.0313,
-        -0.1649,
-        0.0117,
-        0.0723,
-        -0.2839,
-        -0.2083,
-        -0.0520,
-        0.3748,
-        0.0152,
-        0.1957,
-        0.1433,
-        -0.2944,
-        0.3573,
-        -0.0548,
-        -0.1681,
-        -0.0667,
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+        -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+        0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
     ),
     std=(
-        0.4765,
-        1.0364,
-        0.4514,
-        1.1677,
-        0.5313,
-        0.4990,
-        0.4818,
-        0.5013,
-        0.8158,
-        1.0344,
-        0.5894,
-        1.0901,
-        0.6885,
-        0.6165,
-        0.8454,
-        0.4978,
-        0.5759,
-        0.3523,
-        0.7135,
-        0.6804,
-        0.5833,
-        1.4146,
-        0.8986,
-        0.5659,
-        0.7069,
-        0.5338,
-        0.4889,
-        0.4917,
-        0.4069,
-        0.4999,
-        0.6866,
-        0.4093,
-        0.5709,
-        0.6065,
-        0.6415,
-        0.4944,
-        0.5726,
-        1.2042,
-        0.5458,
-        1.6887,
-        0.3971,
-        1.0600,
-        0.3943,
-        0.5537,
-        0.5444,
-        0.4089,
-        0.7468,
-        0.7744,
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+        0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+        0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
     ),
-    # fmt: on
 )
 
 TINY_VAE = VAEConfig(
@@ -238,42 +147,15 @@ TINY_VAE = VAEConfig(
     attention=False,
     kernel=(1, 3),
     mean=(
-        0.5576,
-        0.0719,
-        -0.0824,
-        -0.0533,
-        0.0503,
-        -0.0166,
-        0.0143,
-        -0.0871,
-        0.0412,
-        -0.0394,
-        -0.0547,
-        0.0469,
-        -0.0483,
-        0.0582,
-        0.0329,
-        0.0428,
+        0.5576, 0.0719, -0.0824, -0.0533, 0.0503, -0.0166, 0.0143, -0.0871,
+        0.0412, -0.0394, -0.0547, 0.0469, -0.0483, 0.0582, 0.0329, 0.0428,
     ),
     std=(
-        1.5918,
-        1.6600,
-        1.7323,
-        1.4208,
-        1.3003,
-        1.5413,
-        1.3052,
-        1.2841,
-        1.2038,
-        1.2325,
-        1.2000,
-        1.3107,
-        1.1863,
-        1.4010,
-        1.2844,
-        1.2626,
+        1.5918, 1.6600, 1.7323, 1.4208, 1.3003, 1.5413, 1.3052, 1.2841,
+        1.2038, 1.2325, 1.2000, 1.3107, 1.1863, 1.4010, 1.2844, 1.2626,
     ),
 )
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +222,10 @@ class ModelConfig:
     height: int
     width: int
     fps: int
+    # Faster relatives of `vae` that decode the same latents: their names and shapes.
+    decoders: tuple[tuple[str, VAEConfig | TAEConfig], ...] = ()
+    # Parameters that the converted checkpoint lacked, by leave of `--allow-missing`; zeros.
+    allowed_missing: tuple[str, ...] = ()
 
     @property
     def latent_height(self) -> int:
@@ -359,10 +245,21 @@ class ModelConfig:
         """RGB frames of every chunk but the first, which is `time_stride - 1` shorter."""
         return self.stream.chunk * self.vae.time_stride
 
+    def decoder(self, name: str) -> VAEConfig | TAEConfig:
+        """The VAE that is called `name`: "full", or one of `decoders`. Raises KeyError."""
+        return {"full": self.vae, **dict(self.decoders)}[name]
+
+
+_DECODERS = {"wan": VAEConfig, "tae": TAEConfig}
+
 
 def to_json(cfg: ModelConfig) -> dict:
     """A config as plain dicts and lists."""
-    return dataclasses.asdict(cfg)
+    names = {kind: name for name, kind in _DECODERS.items()}
+    decoders = {
+        name: {"kind": names[type(part)], **dataclasses.asdict(part)} for name, part in cfg.decoders
+    }
+    return dataclasses.asdict(cfg) | {"decoders": decoders}
 
 
 def from_json(data: dict) -> ModelConfig:
@@ -372,7 +269,11 @@ def from_json(data: dict) -> ModelConfig:
     parts = dict(dit=DiTConfig, vae=VAEConfig, text=TextConfig, stream=StreamConfig)
     parts |= dict(sampler=SamplerConfig)
     made = {name: kind(**_tuples(data[name])) for name, kind in parts.items()}
-    return ModelConfig(**(data | made))
+    decoders = _tuples(data.get("decoders", {}))
+    made["decoders"] = tuple(
+        (name, _DECODERS[part.pop("kind")](**part)) for name, part in decoders.items()
+    )
+    return ModelConfig(**(_tuples(data) | made))
 
 
 def _tuples(value):
@@ -381,6 +282,9 @@ def _tuples(value):
         return {name: _tuples(part) for name, part in value.items()}
     return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
+
+WAN21_TAE = TAEConfig(latent_channels=16)
+WAN22_TAE = TAEConfig(latent_channels=48, patch=2)
 
 UMT5_XXL = TextConfig(vocab=256384, dim=4096, attn_dim=4096, ffn_dim=10240, heads=64, layers=24)
 TINY_TEXT = TextConfig(vocab=128, dim=128, attn_dim=128, ffn_dim=256, heads=4, layers=2)
@@ -422,6 +326,13 @@ WAN21_T2V_1_3B = ModelConfig(
     height=480,
     width=832,
     fps=16,
+)
+
+# The same at its large size (Wan2.1 `configs/wan_t2v_14B.py`), streamed like LongLive 1.0.
+WAN21_T2V_14B = dataclasses.replace(
+    WAN21_T2V_1_3B,
+    name="wan21_t2v_14b",
+    dit=dataclasses.replace(WAN21_T2V_1_3B.dit, dim=5120, ffn_dim=13824, heads=40, layers=40),
 )
 
 # LongLive 2.0: chunks of 8, a window of 32 with 8 of sink, UniPC (section 4.2, appendix I).

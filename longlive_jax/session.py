@@ -21,6 +21,7 @@ from longlive_jax.dit.attention import Cached, LayerCache
 from longlive_jax.dit.cache import KVCache
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.dit.rope import phases
+from longlive_jax.vae.tae import TAE
 from longlive_jax.vae.vae import VAE, VAECarry, init_carry, stream
 
 Latents = Float[Array, "b f h w c"]
@@ -45,7 +46,7 @@ class Session:
     key: Array  # noise is a function of this key, the chunk and the step
 
 
-def begin(model: ModelConfig, vae: VAE, batch: int, seed: int, dtype=jnp.float32) -> Session:
+def begin(model: ModelConfig, vae: VAE | TAE, batch: int, seed: int, dtype=jnp.float32) -> Session:
     """A session with nothing made yet."""
     rows = batch * model.sampler.branches
     grid = (model.latent_height, model.latent_width, model.dit.channels)
@@ -188,11 +189,12 @@ def recache(
 
 @functools.partial(jax.jit, donate_argnames="session", static_argnames="first")
 def decode(
-    vae: VAE, session: Session, latents: Latents, *, first: bool
+    vae: VAE | TAE, session: Session, latents: Latents, *, first: bool
 ) -> tuple[Session, UInt8[Array, "b t H W 3"]]:
     """Pixels of a chunk. `first`: it begins the video, and its first latent frame is one
     picture.
     """
     frames, carry = stream(vae, session.carry, latents, first=first)
+    frames = frames.astype(jnp.float32)  # bfloat16 has no room for 256 levels
     pixels = jnp.clip(jnp.round((frames + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
     return dataclasses.replace(session, carry=carry), pixels

@@ -39,3 +39,15 @@ def duplicate_up(x: Video, outputs: int, time: int, space: int) -> Video:
     """
     x = jnp.repeat(x, outputs * time * space * space // x.shape[-1], -1)
     return rearrange(x, "b t h w (c p q r) -> b (t p) (h q) (w r) c", p=time, q=space, r=space)
+
+
+def pixel_unshuffle(x: Video, size: int) -> Video:
+    """size × size pixels become channels, (c, row, column) from slow to fast
+    (`torch.nn.functional.pixel_unshuffle`).
+    """
+    return rearrange(x, "b t (h q) (w r) c -> b t h w (c q r)", q=size, r=size)
+
+
+def pixel_shuffle(x: Video, size: int) -> Video:
+    """The inverse of `pixel_unshuffle`."""
+    return rearrange(x, "b t h w (c q r) -> b t (h q) (w r) c", q=size, r=size)

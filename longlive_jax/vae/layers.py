@@ -45,7 +45,7 @@ def taps(x: Video, count: int, stride: int = 1) -> Video:
     return jnp.concatenate([x[:, i:stop:stride] for i, stop in enumerate(stops)], -1)
 
 
-def conv2d(x: Video, kernel: Array, bias: Array, stride: int = 1, padding=_SAME) -> Video:
+def conv2d(x: Video, kernel: Array, bias: Array | None, stride: int = 1, padding=_SAME) -> Video:
     """The same 2-D convolution of every frame."""
     y = jax.lax.conv_general_dilated(
         x.reshape(-1, *x.shape[2:]),
@@ -54,7 +54,8 @@ def conv2d(x: Video, kernel: Array, bias: Array, stride: int = 1, padding=_SAME)
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return y.reshape(*x.shape[:2], *y.shape[1:]) + bias
+    y = y.reshape(*x.shape[:2], *y.shape[1:])
+    return y if bias is None else y + bias
 
 
 def _init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Array:
@@ -98,12 +99,13 @@ class CausalConv(nnx.Module):
 class FrameConv(nnx.Module):
     """3×3 convolution of single frames (the `nn.Conv2d` of `vae2_2.py:Resample`)."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.kernel = nnx.Param(_init(rngs, (3, 3, inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: Video, stride: int = 1, padding=_SAME) -> Video:
-        return conv2d(x, self.kernel[...], self.bias[...], stride, padding)
+        bias = None if self.bias is None else self.bias[...]
+        return conv2d(x, self.kernel[...], bias, stride, padding)
 
 
 class Norm(nnx.Module):
@@ -150,7 +152,8 @@ class FrameAttention(nnx.Module):
     def __call__(self, x: Video, carry: Carry, first: bool) -> tuple[Video, Carry]:
         del first
         rows = rearrange(self.qkv(self.norm(x)), "b t h w c -> (b t) (h w) 1 c")
-        y = jax.nn.dot_product_attention(*jnp.split(rows, 3, -1))
+        with jax.numpy_dtype_promotion("standard"):  # inside, bfloat16 meets a float32 scale
+            y = jax.nn.dot_product_attention(*jnp.split(rows, 3, -1))
         return x + self.proj(y.reshape(x.shape)), carry
 
 

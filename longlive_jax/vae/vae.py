@@ -4,19 +4,23 @@ explicit carry.
 The first latent of a video stands for one frame, every later one for four. Nothing in the modules
 knows where in a video it is: that is in the carry and in `first`, so a video may be coded in pieces
 of any length.
+
+`decode`, `stream`, `init_carry` and their encoding counterparts dispatch on the type of the module:
+what is written here is the Wan family's; another decoder of the same latents registers its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longlive_jax.config import VAEConfig
+from longlive_jax.config import TAEConfig, VAEConfig
 from longlive_jax.layers import Linear
 from longlive_jax.vae.fold import patchify, unpatchify
 from longlive_jax.vae.layers import (
@@ -162,6 +166,7 @@ def generate(
     return unpatchify(x, vae.cfg.patch), carry
 
 
+@functools.singledispatch
 def encode(vae: VAE, video: Frames) -> Latents:
     """A whole video of 1 + 4(f−1) frames in [−1, 1] → f normalised latents (`WanVAE_.encode`, the
     posterior mean).
@@ -169,59 +174,78 @@ def encode(vae: VAE, video: Frames) -> Latents:
     Raises ValueError where the frames do not fill whole latents, or the picture whole latent
     pixels.
     """
-    _check(vae.cfg, video, first=True)
-    return normalise(vae.cfg, posterior(vae, video)[0])
+    check_video(vae.cfg, video, first=True)
+    return normalise(vae.cfg, posterior(vae, video.astype(_dtype(vae)))[0])
 
 
+@functools.singledispatch
 def decode(vae: VAE, latents: Latents) -> Frames:
     """A whole video of f normalised latents → 1 + 4(f−1) frames, clamped to [−1, 1]
     (`WanVAE_.decode`).
 
     All frames are in memory at once; `stream` is for videos of any length.
     """
-    return jnp.clip(generate(vae, denormalise(vae.cfg, latents))[0], -1, 1)
+    z = denormalise(vae.cfg, latents).astype(_dtype(vae))
+    return jnp.clip(generate(vae, z)[0], -1, 1)
 
 
+@functools.singledispatch
 def stream(vae: VAE, carry: VAECarry, latents: Latents, *, first: bool) -> tuple[Frames, VAECarry]:
     """The next n latents of a video → their 4n frames (4n−3 where they are a video's first),
     clamped, and the carry.
 
     `first` is static: two programs serve a video of any length.
     """
-    z = denormalise(vae.cfg, latents)
+    z = denormalise(vae.cfg, latents).astype(_dtype(vae))
     frames, layers = generate(vae, z, None if first else carry.layers, first=first)
     return jnp.clip(frames, -1, 1), VAECarry(layers)
 
 
+@functools.singledispatch
 def encode_stream(
     vae: VAE, carry: VAECarry, video: Frames, *, first: bool
 ) -> tuple[Latents, VAECarry]:
     """The next 4n frames of a video (1 + 4(n−1) where they are its first) → n normalised latents
     and the carry.
     """
-    _check(vae.cfg, video, first=first)
+    check_video(vae.cfg, video, first=first)
+    video = video.astype(_dtype(vae))
     mean, _, layers = posterior(vae, video, None if first else carry.layers, first=first)
     return normalise(vae.cfg, mean), VAECarry(layers)
 
 
+@functools.singledispatch
 def init_carry(vae: VAE, batch: int, height: int, width: int) -> VAECarry:
     """The decoder's carry before the first chunk, for pictures of height × width pixels."""
     scale = vae.cfg.space_stride
     shape = (batch, 1, height // scale, width // scale, vae.cfg.latent_channels)
-    return _zeros(lambda z: generate(vae, z)[1], shape)
+    return empty_carry(lambda z: generate(vae, z)[1], shape, _dtype(vae))
 
 
+@functools.singledispatch
 def init_encode_carry(vae: VAE, batch: int, height: int, width: int) -> VAECarry:
     """The encoder's carry before the first frame, for pictures of height × width pixels."""
-    return _zeros(lambda video: posterior(vae, video)[2], (batch, 1, height, width, 3))
+    shape = (batch, 1, height, width, 3)
+    return empty_carry(lambda video: posterior(vae, video)[2], shape, _dtype(vae))
 
 
-def _zeros(run, shape: tuple[int, ...]) -> VAECarry:
-    layers = jax.eval_shape(run, jax.ShapeDtypeStruct(shape, np.float32))
+def _dtype(vae: VAE) -> jnp.dtype:
+    """What the weights are kept in; activations and carries follow."""
+    return vae.conv2.bias.dtype
+
+
+def empty_carry(
+    run: Callable[[Array], Carry], shape: tuple[int, ...], dtype: jnp.dtype
+) -> VAECarry:
+    """The carry that `run` would make of an input of that shape, all zeros."""
+    layers = jax.eval_shape(run, jax.ShapeDtypeStruct(shape, dtype))
     return VAECarry(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), layers))
 
 
-def _check(cfg: VAEConfig, video: Frames, *, first: bool) -> None:
+def check_video(cfg: VAEConfig | TAEConfig, video: Frames, *, first: bool) -> None:
+    """Raises ValueError where a video's (first) frames do not fill whole latents, or the picture
+    whole latent pixels.
+    """
     _, frames, height, width, _ = video.shape
     if (frames - first) % cfg.time_stride:
         expected = f"{'1 + ' if first else ''}a multiple of {cfg.time_stride}"
