@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x @ kernel + bias over the last axis. Low-bit weights dispatch here on their leaf type."""
-    y = jnp.einsum("...i,io->...o", x, kernel)
+@functools.singledispatch
+def product(kernel: Any, x: jax.Array) -> jax.Array:
+    """x @ kernel over the last axis. A way of storing weights (low-rank, low-bit) is a type of its
+    own, and registers its own product here.
+    """
+    return jnp.einsum("...i,io->...o", x, kernel)
+
+
+def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None) -> jax.Array:
+    """x @ kernel + bias over the last axis, the kernel stored in any way that has a `product`."""
+    y = product(kernel, x)
     return y if bias is None else y + bias
 
 
