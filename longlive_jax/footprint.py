@@ -1,0 +1,267 @@
+"""What generation keeps in a device's memory, from the shapes of the real modules and caches.
+
+Nothing is allocated and no number of a model is written down here: parameters and state come from
+`jax.eval_shape`, activations from the programs that `model.Model.stream` runs, traced. Everything
+is counted in bfloat16, the type in which a model is loaded on an accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.extend.core import Var
+from jax.sharding import SingleDeviceSharding
+
+from longlive_jax import sampler, session, weights
+from longlive_jax.config import ModelConfig
+from longlive_jax.dit import cache as slots
+from longlive_jax.dit.model import DiT
+from longlive_jax.gpus import GPU
+from longlive_jax.text.umt5 import UMT5, encode
+from longlive_jax.vae.build import build
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated")
+PROGRAMS = ("text", "denoise", "decode", "switch")
+PLUGIN = "jax_plugins.xla_cuda13"
+
+
+def described(tree: Any, sharding: Any = None) -> Any:
+    """The arrays of `tree` by shape and type, in bfloat16 where they are real."""
+
+    def leaf(x):
+        dtype = jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, tree)
+
+
+@functools.cache
+def dit(cfg: ModelConfig) -> DiT:
+    """The transformer, by shape."""
+    return described(nnx.eval_shape(lambda: DiT(cfg.dit, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def text_encoder(cfg: ModelConfig) -> UMT5:
+    """The text encoder, by shape."""
+    return described(nnx.eval_shape(lambda: UMT5(cfg.text, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def vae(cfg: ModelConfig) -> Any:
+    """The VAE, by shape: encoder and decoder, as `load` places them."""
+    return described(nnx.eval_shape(lambda: build(cfg.vae, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def kv_cache(cfg: ModelConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Keys and values of one video; their unconditional rows are there only under guidance."""
+
+    def pair():
+        tokens, rows = cfg.tokens_per_frame, cfg.sampler.branches
+        cache = slots.empty(cfg.dit, cfg.stream, rows, tokens, jnp.bfloat16)
+        return cache.k, cache.v
+
+    return jax.eval_shape(pair)
+
+
+def flat(make: Callable[..., Any], *arguments: Any) -> tuple[list, Any]:
+    """Leaves by shape of what `make` returns, and its structure. A state that held shapes would
+    not be one: its types are arrays.
+    """
+    kept = []
+
+    def leaves(*arguments):
+        found, structure = jax.tree.flatten(make(*arguments))
+        kept.append(structure)
+        return found
+
+    return described(jax.eval_shape(leaves, *arguments)), kept[-1]
+
+
+@functools.cache
+def begun(cfg: ModelConfig) -> tuple[list, Any]:
+    """The session of one video, flat."""
+    return flat(lambda vae: session.begin(cfg, vae, 1, 0, jnp.bfloat16), vae(cfg))
+
+
+@functools.cache
+def kept(cfg: ModelConfig) -> dict[str, int]:
+    """Bytes of what a session holds beside its cache."""
+
+    def parts(vae):
+        state = session.begin(cfg, vae, 1, 0, jnp.bfloat16)
+        return {"held": state.held, "carry": jax.tree.leaves(state.carry)}
+
+    return {name: nbytes(part) for name, part in jax.eval_shape(parts, vae(cfg)).items()}
+
+
+@functools.cache
+def text_kv(cfg: ModelConfig) -> tuple[list, Any]:
+    """Keys and values of one prompt in every layer, for each row of the cache, flat."""
+    shape = (cfg.sampler.branches, 1, cfg.dit.text_len, cfg.dit.text_dim)
+    text = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return flat(lambda dit, text: dit.text_kv(text), dit(cfg), text)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of the arrays of `tree`, keys of random numbers left out."""
+    numbers = (x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in numbers)
+
+
+def kernels(model: DiT) -> dict[str, tuple[int, ...]]:
+    """Shapes of the matrices that low-bit storage would hold: products inside the blocks.
+
+    Embeddings, head, norms and modulation stay as they are (LongLive 2.0
+    `utils/quant.py:DEFAULT_GENERATOR_FILTERED_MODULES`).
+    """
+    flat = weights.flatten(model)
+    chosen = (name for name in flat if name.startswith("blocks.") and name.endswith(".kernel"))
+    return {name: tuple(flat[name].shape) for name in chosen}
+
+
+def programs(cfg: ModelConfig, sharding: Any = None) -> dict[str, tuple[Any, tuple]]:
+    """Every program that runs while a video is made: the function, and its arguments by shape.
+    "switch" is the recache of a change of prompt.
+    """
+    (state, session_of), (text, text_of) = begun(cfg), text_kv(cfg)
+    whole, prompt = session_of.unflatten, text_of.unflatten
+    noise = jax.eval_shape(lambda s: session.noise(whole(s), cfg.stream.chunk), state)
+    rows = (cfg.sampler.branches, cfg.dit.text_len)
+    ids, mask = (jax.ShapeDtypeStruct(rows, kind) for kind in (jnp.int32, jnp.bool_))
+    which = jax.ShapeDtypeStruct((1,), jnp.bool_)
+    static = {
+        "stream": cfg.stream,
+        "solver": sampler.make(cfg.sampler),
+        "guidance": cfg.sampler.guidance,
+    }
+
+    def denoise(state, dit, text, noise):
+        return jax.tree.leaves(session.generate(dit, whole(state), prompt(text), noise, **static))
+
+    def decode(state, vae, latents):
+        return jax.tree.leaves(session.decode(vae, whole(state), latents, first=False))
+
+    def switch(state, dit, text, rows):
+        made = session.recache(dit, whole(state), prompt(text), rows, stream=cfg.stream)
+        return jax.tree.leaves(made)
+
+    found = {
+        "text": (jax.jit(encode), (text_encoder(cfg), ids, mask)),
+        "denoise": (jax.jit(denoise, donate_argnums=0), (state, dit(cfg), text, noise)),
+        "decode": (jax.jit(decode, donate_argnums=0), (state, vae(cfg), noise)),
+        "switch": (jax.jit(switch, donate_argnums=0), (state, dit(cfg), text, which)),
+    }
+    return {name: (run, described(given, sharding)) for name, (run, given) in found.items()}
+
+
+def by_formula(cfg: ModelConfig, names: tuple[str, ...] = PROGRAMS) -> dict[str, int]:
+    """Bytes of activations of the programs `names`: the largest, over its matrix products and
+    convolutions in program order, of
+
+        result of the one before + operands + result,
+
+    where an operand that is pieces side by side keeps a piece beside it. XLA fuses what lies
+    between two of them, so these are what it must write down. In the transformer that is: scores
+    in float32, the weights of the softmax, the values; in a VAE: what goes around a residual block,
+    the frames that are remembered, their time taps side by side, what the convolution makes of
+    them.
+    """
+    found = programs(cfg)
+    traced = {name: found[name][0].trace(*found[name][1]) for name in names}
+    return {name: _largest(program.jaxpr.jaxpr) for name, program in traced.items()}
+
+
+def _largest(jaxpr: Any) -> int:
+    before = largest = 0
+    for operands, result in _contractions(jaxpr):
+        largest = max(largest, before + operands + result)
+        before = result
+    return largest
+
+
+def _size(variable: Any) -> int:
+    return nbytes([variable.aval])
+
+
+def _contractions(jaxpr: Any) -> Iterator[tuple[int, int]]:
+    """Bytes of operands and result of each contraction, those of inner programs in their place."""
+    pieces = {}  # the largest part of what was put together, by variable
+    for equation in jaxpr.eqns:
+        kind, given, made = equation.primitive.name, equation.invars, equation.outvars
+        if kind == "concatenate":
+            pieces[made[0]] = max(map(_size, given))
+        elif kind == "reshape" and isinstance(given[0], Var):
+            pieces[made[0]] = pieces.get(given[0], 0)
+        elif kind in CONTRACTIONS:
+            kept = (pieces.get(operand, 0) for operand in given if isinstance(operand, Var))
+            yield sum(map(_size, given)) + sum(kept), sum(map(_size, made))
+        else:
+            for inner in _inner(tuple(equation.params.values())):
+                yield from _contractions(inner)
+
+
+def _inner(parameter: Any) -> Iterator[Any]:
+    """The programs in a parameter of an equation: bodies of loops, branches, calls."""
+    if isinstance(parameter, tuple | list):
+        for part in parameter:
+            yield from _inner(part)
+    elif hasattr(parameter, "jaxpr"):
+        yield parameter.jaxpr
+    elif hasattr(parameter, "eqns"):
+        yield parameter
+
+
+def toolchain() -> bool:
+    """Whether the compiler for GPUs is installed (the `[aot]` or the `[cuda]` extra)."""
+    return importlib.util.find_spec(PLUGIN) is not None
+
+
+def compiled(cfg: ModelConfig, gpu: GPU, names: tuple[str, ...] = PROGRAMS) -> dict[str, int]:
+    """Bytes of activations of the programs `names`, each compiled for that GPU, which need not be
+    there: what their peak is above their arguments. Takes a minute or so per program.
+    """
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=gpu.name, target_config=gpu.describe(), topology="1x1x1"
+    )
+    found = programs(cfg, SingleDeviceSharding(topology.devices[0]))
+    above = {}
+    for name in names:
+        run, given = found[name]
+        memory = run.lower(*given).compile().memory_analysis()
+        above[name] = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    return above
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes on one device, in bfloat16, of one video at a time."""
+
+    activations: dict[str, int]  # by program
+    source: str  # of the activations: "compiled" or "formula"
+    note: str  # why it is not the other one
+
+
+def measure(cfg: ModelConfig, gpu: GPU, source: str = "auto") -> Footprint:
+    """Activations from the compiler where it is installed, or from the formula.
+
+    source: "compiled" or "formula"; "auto" prefers the former.
+    """
+    if source == "formula":
+        return Footprint(by_formula(cfg), "formula", "the formula was asked for")
+    if not toolchain():
+        missing = "the compiler for GPUs is not installed (pip install 'longlive-jax[aot]')"
+        if source == "compiled":
+            raise ModuleNotFoundError(missing)
+        return Footprint(by_formula(cfg), "formula", missing)
+    return Footprint(compiled(cfg, gpu), "compiled", "")
