@@ -24,6 +24,11 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.14",
+        # What conversion is checked against. This exact pin of torch comes without CUDA.
+        "torch==2.13.0",
+        "diffusers>=0.42",
+        "transformers>=5.23",
+        "peft>=0.21",
     ],
 }
 

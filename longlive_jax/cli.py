@@ -7,6 +7,7 @@ Nothing here imports JAX until the flags have been read, so that bad input is an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -20,7 +21,7 @@ from longlive_jax import cache_dir
 from longlive_jax.errors import InputError
 from longlive_jax.version import __version__
 
-Load = Callable[[str], Any]
+Load = Callable[..., Any]  # of a model's name, and the keywords of `longlive_jax.load`
 HELP = ("-h", "--help", "help")
 
 
@@ -33,12 +34,28 @@ class Command:
     run: Callable[[flags.FlagValues, Load], None]
 
 
-def load_model(name: str) -> Any:
+def load_model(name: str, **choices: Any) -> Any:
     """`longlive_jax.load`, with every program that it compiles kept on disk."""
     cache_dir.enable()
     import longlive_jax
 
-    return longlive_jax.load(name)
+    return longlive_jax.load(name, **choices)
+
+
+def choosing(load: Load, values: flags.FlagValues) -> Load:
+    """`load` with what `define_model`'s flags choose."""
+    if values.lora is not None:
+        check_file("--lora", values.lora)
+        load = functools.partial(load, lora=pathlib.Path(values.lora))
+    return load if values.vae == "full" else functools.partial(load, vae=values.vae)
+
+
+def check_file(flag: str, path: str | None) -> None:
+    """Raises `InputError` where nothing is at `path`."""
+    if not path:
+        raise InputError(f"say which file: {flag} FILE")
+    if not pathlib.Path(path).exists():
+        raise InputError(f"{flag}: there is no {path}")
 
 
 def define_generate(values: flags.FlagValues) -> None:
@@ -58,6 +75,14 @@ def define_generate(values: flags.FlagValues) -> None:
 def define_model(values: flags.FlagValues) -> None:
     """Flags of every command that runs a model."""
     flags.DEFINE_string("model", "tiny", "tiny, or a folder with weights", flag_values=values)
+    flags.DEFINE_string("lora", None, "a LoRA to apply to the model", flag_values=values)
+    flags.DEFINE_enum(
+        "vae",
+        "full",
+        ["full", "light", "tae"],
+        "what decodes: the model's own VAE, or a faster one that was converted beside it",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "seed", 0, "the same seed, the same video", 0, 2**32 - 1, flag_values=values
     )
@@ -85,6 +110,42 @@ def define_eval(values: flags.FlagValues) -> None:
     define_model(values)
 
 
+def define_merge_lora(values: flags.FlagValues) -> None:
+    """Flags of `longlive merge-lora`."""
+    flags.DEFINE_string("model", "tiny", "tiny, or a folder with weights", flag_values=values)
+    flags.DEFINE_string("lora", None, "the LoRA to merge", flag_values=values)
+    flags.DEFINE_string("output", None, "the folder to write", flag_values=values)
+    flags.DEFINE_float(
+        "alpha", None, "by default what the LoRA says, or its rank", 0.0, flag_values=values
+    )
+
+
+def define_plan(values: flags.FlagValues) -> None:
+    """Flags of `longlive plan`."""
+    flags.DEFINE_string(
+        "preset", None, "tiny, wan21_1_3b, wan21_14b or wan22_5b", flag_values=values
+    )
+    flags.DEFINE_float("seconds", 10.0, "length of the video", flag_values=values)
+    flags.DEFINE_string("gpu", "h100", "such as h100, b200, rtx4090", flag_values=values)
+    flags.DEFINE_string("mesh", "1x1", "videos side by side x devices for each", flag_values=values)
+    flags.DEFINE_string(
+        "precision", "bf16", "of the transformer: bf16, int8, fp8, nvfp4", flag_values=values
+    )
+    flags.DEFINE_string("kv", "bf16", "of the cache: bf16, int8, fp8, nvfp4", flag_values=values)
+    flags.DEFINE_float(
+        "guidance", None, "1 is none; by default the preset's own", flag_values=values
+    )
+    flags.DEFINE_string(
+        "source", "auto", "of activations: compiled, formula, auto", flag_values=values
+    )
+    flags.DEFINE_string("json", None, "where to write the plan; - is stdout", flag_values=values)
+
+
+def define_doctor(values: flags.FlagValues) -> None:
+    """Flags of `longlive doctor`."""
+    flags.DEFINE_boolean("json", False, "as JSON instead of tables", flag_values=values)
+
+
 def run_generate(values: flags.FlagValues, load: Load) -> None:
     """`longlive generate`."""
     from longlive_jax import events
@@ -106,7 +167,7 @@ def run_generate(values: flags.FlagValues, load: Load) -> None:
 
     from longlive_jax import generate  # imports JAX
 
-    generate.run(request, load)
+    generate.run(request, choosing(load, values))
 
 
 def run_bench(values: flags.FlagValues, load: Load) -> None:
@@ -121,7 +182,7 @@ def run_bench(values: flags.FlagValues, load: Load) -> None:
     from longlive_jax import bench  # imports JAX
 
     report = bench.run(
-        load(values.model),
+        choosing(load, values)(values.model),
         seconds=values.seconds,
         repeat=values.repeat,
         seed=values.seed,
@@ -141,8 +202,94 @@ def run_eval(values: flags.FlagValues, load: Load) -> None:
 
     from longlive_jax.eval import run  # imports JAX
 
-    scores = run.toy(load(values.model), steps=values.steps, seed=values.seed)
+    scores = run.toy(choosing(load, values)(values.model), steps=values.steps, seed=values.seed)
     output.write_report(target, json.dumps(scores, indent=2) + "\n")
+
+
+def run_merge_lora(values: flags.FlagValues, load: Load) -> None:
+    """`longlive merge-lora`."""
+    from longlive_jax import request
+
+    request.check_model(values.model)
+    check_file("--lora", values.lora)
+    if not values.output:
+        raise InputError("say where to: --output FOLDER")
+
+    from longlive_jax import merge_lora, model  # imports JAX
+
+    source = model.SHIPPED / "tiny" if values.model == "tiny" else values.model
+    merge_lora.run(source, values.lora, values.output, alpha=values.alpha)
+
+
+def run_plan(values: flags.FlagValues, load: Load) -> None:
+    """`longlive plan`."""
+    from longlive_jax import output, plan
+
+    if values.preset is None:
+        raise InputError(f"say which model: --preset {', '.join(plan.PRESETS)}")
+    asked = {field.name: values[field.name].value for field in dataclasses.fields(plan.Ask)}
+    ask = plan.Ask(**asked).check()
+    target = report_path(values)
+    output.check_report(target)
+    made = plan.make(ask)
+    plan.show(made, to_stderr=target == output.STDOUT)
+    output.write_report(target, made.to_json())
+
+
+def run_doctor(values: flags.FlagValues, load: Load) -> None:
+    """`longlive doctor`: code 2 where nothing can be generated."""
+    from longlive_jax import doctor
+
+    doctor.run(as_json=values.json)
+
+
+def define_convert(values: flags.FlagValues) -> None:
+    """Flags of `longlive convert`."""
+    flags.DEFINE_multi_string(
+        "from",
+        [],
+        "a folder or a file with weights; several make one model, the last of a part counts",
+        flag_values=values,
+    )
+    flags.DEFINE_string("to", None, "the new folder to write", flag_values=values)
+    flags.DEFINE_enum(
+        "to-format",
+        "longlive",
+        ["longlive", "pytorch", "diffusers"],
+        "whose files to write",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "dtype", "keep", ["keep", "bfloat16", "float32"], "type of the weights", flag_values=values
+    )
+    flags.DEFINE_boolean("ema", False, "take generator_ema", flag_values=values)
+    flags.DEFINE_boolean(
+        "allow-missing",
+        False,
+        "set parameters that the checkpoint lacks to zero, and say so in the config",
+        flag_values=values,
+    )
+
+
+def run_convert(values: flags.FlagValues, load: Load) -> None:
+    """`longlive convert`."""
+    del load
+    paths = [pathlib.Path(path) for path in values["from"].value]
+    if not paths or not values.to:
+        raise InputError("say what to convert and where to: --from PATH --to FOLDER")
+    for path in paths:
+        check_file("--from", str(path))
+
+    from longlive_jax.convert import run  # imports JAX
+
+    run.convert(
+        paths,
+        pathlib.Path(values.to),
+        layout=values["to-format"].value,
+        allow_missing=values["allow-missing"].value,
+        dtype=values.dtype,
+        ema=values.ema,
+    )
 
 
 def report_path(values: flags.FlagValues) -> pathlib.Path | None:
@@ -154,12 +301,18 @@ COMMANDS = {
     "generate": Command("make a video from prompts", define_generate, run_generate),
     "bench": Command("measure speed and memory", define_bench, run_bench),
     "eval": Command("measure how well videos follow their prompts", define_eval, run_eval),
+    "convert": Command(
+        "read published weights, or write them out again", define_convert, run_convert
+    ),
+    "merge-lora": Command("add a LoRA into a model's weights", define_merge_lora, run_merge_lora),
+    "plan": Command("say whether a video fits in a GPU's memory", define_plan, run_plan),
+    "doctor": Command("say what runs here, and mend what does not", define_doctor, run_doctor),
 }
 
 
 def usage() -> str:
     """What `longlive --help` says."""
-    lines = [f"  {name:<10}{command.what}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{command.what}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: longlive COMMAND [flags]",

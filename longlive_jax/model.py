@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +17,27 @@ from flax import nnx
 from jaxtyping import Bool, UInt8
 
 from longlive_jax import config, sampler, session, timeline, weights
-from longlive_jax.config import ModelConfig
+from longlive_jax import lora as loras
+from longlive_jax.config import ModelConfig, TAEConfig, VAEConfig
+from longlive_jax.convert.table import NameMismatch
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
 from longlive_jax.text import tokenizer
 from longlive_jax.text.encoder import TextEncoder
 from longlive_jax.text.umt5 import UMT5
+from longlive_jax.vae import build as vaes
+from longlive_jax.vae.tae import TAE
 from longlive_jax.vae.vae import VAE
 
 CUT_PREFIX = "The scene transitions. "  # LongLive 2.0 section 4.2
 SHIPPED = pathlib.Path(__file__).parent / "models"
 PARTS = ("dit", "text", "vae")
+# Where a parameter goes, of its part, path and shape.
+Sharding = Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]
+
+_TOKENIZERS = ("tokenizer.json", "spiece.model")
+_WORDS = {"dit": "transformer", "text": "text encoder", "vae": "VAE"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Model:
 
     config: ModelConfig
     dit: DiT
-    vae: VAE
+    vae: VAE | TAE
     text: TextEncoder
 
     def prompt_kv(self, prompts: Sequence[str]) -> TextKV:
@@ -101,8 +112,8 @@ class Model:
 
     def _play(self, prompt, starts, total, seed, solver, events) -> Iterator[Chunk]:
         cfg = self.config
-        state = session.begin(cfg, self.vae, batch=1, seed=seed)
         text = self.prompt_kv([prompt])
+        state = session.begin(cfg, self.vae, batch=1, seed=seed, dtype=text.k.dtype)
         nobody = np.zeros(1, bool)
         for kind in {event.kind for event in events}:  # compiled now, not while the video plays
             state, _ = self.change(state, kind, [prompt], nobody)
@@ -159,32 +170,90 @@ def _text_kv(dit: DiT, text: jax.Array) -> TextKV:
     return dit.text_kv(text[:, None])
 
 
-def load(name: str = "tiny") -> Model:
+def load(
+    name: str | os.PathLike = "tiny",
+    *,
+    dtype=None,
+    sharding: Sharding | None = None,
+    vae: str = "full",
+    lora: str | os.PathLike | None = None,
+) -> Model:
     """The model that ships with the package ("tiny"), or one in a folder: config.json, weights,
-    tokenizer.
+    tokenizer. Parameters go from the files to their devices one at a time.
+
+    dtype: of the weights; None is float32 on a CPU and bfloat16 on an accelerator. sharding: where
+    a parameter goes, of its part ("dit", "text", "vae"), path and shape; None is the default
+    device. vae: "full", or the name of a faster decoder that the folder has ("light", "tae"). lora:
+    a LoRA file that is applied unmerged, in place of the folder's own `lora.safetensors`.
 
     Raises:
       InputError: there is no such model, or a part of it is missing or broken.
     """
     folder = SHIPPED / name if name == "tiny" else pathlib.Path(name)
-    try:
-        cfg = config.from_json(json.loads((folder / "config.json").read_text("utf-8")))
-        flat = {part: weights.load(folder / f"{part}.safetensors") for part in PARTS}
-        words = tokenizer.load(folder, cfg.dit.text_len)
-    except FileNotFoundError as error:
-        raise InputError(
-            f'"{name}" is no model: {pathlib.Path(error.filename).name} is missing'
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'the model in "{name}" cannot be read: {error}') from error
+    cfg = _config(folder)
+    decoder = _decoder(folder, cfg, vae)
     build = {
         "dit": lambda: DiT(cfg.dit, rngs=nnx.Rngs(0)),
         "text": lambda: UMT5(cfg.text, rngs=nnx.Rngs(0)),
-        "vae": lambda: VAE(cfg.vae, rngs=nnx.Rngs(0)),
+        "vae": lambda: vaes.build(decoder, rngs=nnx.Rngs(0)),
     }
-    parts = {p: weights.unflatten(nnx.eval_shape(build[p]), flat[p]) for p in PARTS}
+    files = {"dit": "dit", "text": "text", "vae": "vae" if vae == "full" else f"vae_{vae}"}
+    _check_parts(folder, files)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    parts = {}
+    try:
+        words = tokenizer.load(folder, cfg.dit.text_len)
+        for part, file in files.items():
+            where = sharding and functools.partial(sharding, part)
+            tensors = weights.read(folder, file)
+            abstract = nnx.eval_shape(build[part])
+            parts[part] = weights.place(abstract, tensors, dtype=dtype, sharding=where)
+    except NameMismatch as error:
+        raise InputError(f'"{folder}" does not fit its config.json: {file}: {error}') from error
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(f'the model in "{folder}" cannot be read: {error}') from error
+    own = folder / "lora.safetensors"
+    if lora is not None or own.is_file():
+        adapter = loras.read(own if lora is None else lora)
+        adapter = jax.tree.map(lambda x: jnp.array(x, dtype), adapter)
+        parts["dit"] = loras.apply(parts["dit"], adapter)
     text = TextEncoder(parts["text"], words, cfg.dit.text_len)
     return Model(cfg, parts["dit"], parts["vae"], text)
+
+
+def _config(folder: pathlib.Path) -> ModelConfig:
+    path = folder / "config.json"
+    try:
+        return config.from_json(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f'"{folder}" is no model: config.json is missing') from error
+    except KeyError as error:
+        raise InputError(f'"{path}" is no model\'s config: it has no {error.args[0]}') from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f'"{path}" is no model\'s config: {error}') from error
+
+
+def _decoder(folder: pathlib.Path, cfg: ModelConfig, name: str) -> VAEConfig | TAEConfig:
+    try:
+        return cfg.decoder(name)
+    except KeyError as error:
+        names = ", ".join(["full", *(decoder for decoder, _ in cfg.decoders)])
+        raise InputError(f'the model in "{folder}" has no VAE "{name}", only {names}') from error
+
+
+def _check_parts(folder: pathlib.Path, files: Mapping[str, str]) -> None:
+    """A folder may hold only some parts of a model, as its source did."""
+    absent = [_WORDS[part] for part, file in files.items() if not weights.exists(folder, file)]
+    if not any((folder / file).exists() for file in _TOKENIZERS):
+        absent.append("tokenizer")
+    if absent:
+        raise InputError(
+            f'the model in "{folder}" lacks its {" and its ".join(absent)}: convert it again with a'
+            f" checkpoint that has more (longlive convert --from {folder} --from MORE --to NEW)"
+        )
 
 
 def save(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container, Mapping
+
+from longlive_jax.config import UMT5_XXL, TextConfig
 from longlive_jax.convert.table import LINEAR, Row
 
 # Wan (`models_t5_umt5-xxl-enc-bf16.pth`), transformers (`UMT5EncoderModel`), path in `UMT5`, axes
@@ -49,3 +52,33 @@ def rows_transformers() -> list[Row]:
         for _, name, target, axes in _BLOCK_NAMES
     ]
     return outer + inner
+
+
+def infer(
+    found: Container[str], shape: Callable[[str], tuple[int, ...]], layout: str, hints: Mapping
+) -> TextConfig:
+    """The config of an encoder of any size, from names and shapes in either layout ("wan",
+    "transformers").
+
+    hints: what a `config.json` says. Raises KeyError where a name that every encoder has is
+    missing.
+    """
+    table = {"wan": rows, "transformers": rows_transformers}[layout]()
+    name = {row.target: row.source.replace("{i}", "0") for row in table}
+    layer = next(row.source for row in table if row.target == "blocks.attn.q.kernel")
+    layers = 0
+    while layer.format(i=layers) in found:
+        layers += 1
+    vocab, dim = shape(name["token_embedding"])
+    buckets, heads = shape(name["blocks.positions"])
+    return TextConfig(
+        vocab=vocab,
+        dim=dim,
+        attn_dim=shape(name["blocks.attn.q.kernel"])[0],
+        ffn_dim=shape(name["blocks.ffn_gate.kernel"])[0],
+        heads=heads,
+        layers=layers,
+        buckets=buckets,
+        max_distance=hints.get("relative_attention_max_distance") or UMT5_XXL.max_distance,
+        eps=hints.get("layer_norm_epsilon") or UMT5_XXL.eps,
+    )

@@ -1,6 +1,11 @@
-"""Names of the Wan transformer's parameters (Wan2.1, Wan2.2, LongLive: all the same)."""
+"""Names of the Wan transformer's parameters (Wan2.1, Wan2.2, LongLive: all the same), and those
+that diffusers gives them (`scripts/convert_wan_to_diffusers.py`): the layouts agree.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Mapping
 
 from longlive_jax.config import DiTConfig
 from longlive_jax.convert.table import LINEAR, Row
@@ -42,3 +47,82 @@ def rows(cfg: DiTConfig) -> list[Row]:
         *_affine("head.head", "head"),
         Row("head.modulation", "head_modulation", squeeze=(0,)),
     ]
+
+
+# Module by module: Wan's name, diffusers' name. Its norm2 is Wan's norm3, and the other way round.
+_DIFFUSERS = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "blocks.{i}.self_attn.q": "blocks.{i}.attn1.to_q",
+    "blocks.{i}.self_attn.k": "blocks.{i}.attn1.to_k",
+    "blocks.{i}.self_attn.v": "blocks.{i}.attn1.to_v",
+    "blocks.{i}.self_attn.o": "blocks.{i}.attn1.to_out.0",
+    "blocks.{i}.self_attn.norm_q": "blocks.{i}.attn1.norm_q",
+    "blocks.{i}.self_attn.norm_k": "blocks.{i}.attn1.norm_k",
+    "blocks.{i}.cross_attn.q": "blocks.{i}.attn2.to_q",
+    "blocks.{i}.cross_attn.k": "blocks.{i}.attn2.to_k",
+    "blocks.{i}.cross_attn.v": "blocks.{i}.attn2.to_v",
+    "blocks.{i}.cross_attn.o": "blocks.{i}.attn2.to_out.0",
+    "blocks.{i}.cross_attn.norm_q": "blocks.{i}.attn2.norm_q",
+    "blocks.{i}.cross_attn.norm_k": "blocks.{i}.attn2.norm_k",
+    "blocks.{i}.norm3": "blocks.{i}.norm2",
+    "blocks.{i}.ffn.0": "blocks.{i}.ffn.net.0.proj",
+    "blocks.{i}.ffn.2": "blocks.{i}.ffn.net.2",
+    "head.head": "proj_out",
+}
+_DIFFUSERS_WHOLE = {
+    "blocks.{i}.modulation": "blocks.{i}.scale_shift_table",
+    "head.modulation": "scale_shift_table",
+}
+
+
+def rows_diffusers(cfg: DiTConfig) -> list[Row]:
+    """Name in diffusers (`WanTransformer3DModel`) → path in `DiT`."""
+    return [dataclasses.replace(row, source=_diffusers(row.source)) for row in rows(cfg)]
+
+
+def _diffusers(name: str) -> str:
+    if name in _DIFFUSERS_WHOLE:
+        return _DIFFUSERS_WHOLE[name]
+    module, _, leaf = name.rpartition(".")
+    return f"{_DIFFUSERS[module]}.{leaf}"
+
+
+_ANY = DiTConfig(dim=1, ffn_dim=1, heads=1, layers=1, channels=1, text_dim=1, text_len=512)
+_HEAD_WIDTH = 128  # of every published Wan transformer
+
+
+def infer(
+    found: Container[str], shape: Callable[[str], tuple[int, ...]], layout: str, hints: Mapping
+) -> DiTConfig:
+    """The config of a transformer of any size, from names and shapes in either layout ("wan",
+    "diffusers").
+
+    hints: what a `config.json` says; only it can tell the number of heads where they are not
+    128 wide, and the text length. Raises KeyError where a name that every transformer has is
+    missing.
+    """
+    table = {"wan": rows, "diffusers": rows_diffusers}[layout](_ANY)
+    name = {row.target: row.source.replace("{i}", "0") for row in table}
+    dim, channels, *patch = shape(name["patch_embedding.kernel"])
+    layer = next(row.source for row in table if row.target == "blocks.modulation")
+    layers = 0
+    while layer.format(i=layers) in found:
+        layers += 1
+    heads = hints.get("num_heads") or hints.get("num_attention_heads")
+    return DiTConfig(
+        dim=dim,
+        ffn_dim=shape(name["blocks.ffn_in.kernel"])[0],
+        heads=heads or max(dim // _HEAD_WIDTH, 1),
+        layers=layers,
+        channels=channels,
+        text_dim=shape(name["text_in.kernel"])[1],
+        text_len=hints.get("text_len") or _ANY.text_len,
+        freq_dim=shape(name["time_in.kernel"])[1],
+        patch=(patch[0], patch[1], patch[2]),
+        eps=hints.get("eps") or _ANY.eps,
+    )

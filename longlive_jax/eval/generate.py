@@ -32,9 +32,10 @@ def generator(
 
 
 def _play(model: Model, jobs: Sequence[Job], solver) -> np.ndarray:
-    state = session.begin(model.config, model.vae, batch=len(jobs), seed=jobs[0].seed)
     prompts = [job.events[0][2] for job in jobs]
     text, videos = model.prompt_kv(prompts), []
+    kept = dict(batch=len(jobs), seed=jobs[0].seed, dtype=text.k.dtype)
+    state = session.begin(model.config, model.vae, **kept)
     for chunk in range(jobs[0].chunks):
         for kind in ("cut", "switch"):
             told = [_event(job, chunk, kind) for job in jobs]

@@ -1,0 +1,234 @@
+"""`longlive convert`: checkpoints in, one folder out, and nothing written before all is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from longlive_jax import config, lora, weights
+from longlive_jax.config import ModelConfig
+from longlive_jax.convert import export, family, table
+from longlive_jax.convert.family import Part, PartConfig, Source
+from longlive_jax.convert.table import NameMismatch, Pending
+from longlive_jax.dit.model import DiT
+from longlive_jax.errors import InputError
+from longlive_jax.text.umt5 import UMT5
+from longlive_jax.vae import build as vaes
+
+DTYPES = {"keep": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+FORMATS = ("longlive", *export.FORMATS)
+PRESETS = (config.WAN21_T2V_1_3B, config.WAN21_T2V_14B, config.WAN22_TI2V_5B)
+_DECODERS = {"vae_light": "light", "vae_tae": "tae"}
+# What shapes do not tell: taken over from a source that knows it.
+_UNSEEN = (
+    *("heads", "text_len", "eps", "rope_theta", "rope_period"),
+    *("mean", "std", "max_distance"),
+)
+
+
+def convert(
+    paths: Sequence[pathlib.Path],
+    to: pathlib.Path,
+    *,
+    layout: str = "longlive",
+    allow_missing: bool = False,
+    dtype: str = "keep",
+    ema: bool = False,
+) -> None:
+    """Makes one model of all that `paths` hold and writes it to the new folder `to`. Where several
+    hold the same part, the last one's counts.
+
+    layout: "longlive", "pytorch" (the original code's) or "diffusers". allow_missing: parameters
+    that a checkpoint lacks are zero, and listed in the config. dtype: "keep", "bfloat16",
+    "float32". ema: LongLive's averaged generator.
+
+    Raises:
+      InputError: something is not as it should be; nothing has been written then.
+    """
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise InputError(f"{to} is there already: name a new folder")
+    sources = [family.read(path, ema=ema) for path in paths]
+    parts, configs = combine(sources)
+    if not parts:
+        raise InputError("there is no model in what was given, only what goes with one")
+    cfg = assemble(sources, configs)
+    pending, missing = {}, []
+    for name, part in parts.items():
+        pending[name], lacking = _plan(part, configs[name], allow_missing)
+        missing += [f"{name}: {source}" for source in lacking]
+    cfg = dataclasses.replace(cfg, allowed_missing=(*cfg.allowed_missing, *missing))
+    adapter = _lora(sources, pending.get("dit"))
+    tokenizer = next((s.tokenizer for s in reversed(sources) if s.tokenizer), None)
+    with _new_folder(to) as stage:
+        ours = stage if layout == "longlive" else stage / "model"
+        for name in parts:
+            weights.write(ours, name, pending[name], dtype=DTYPES[dtype])
+        _write_rest(ours, cfg, adapter, tokenizer)
+        if layout != "longlive":
+            export.write(ours, stage, layout)
+            shutil.rmtree(ours)
+
+
+def combine(sources: Sequence[Source]) -> tuple[dict[str, Part], dict[str, PartConfig]]:
+    """The parts of all sources, the last of each kind, and their shapes.
+
+    Raises:
+      InputError: they are not of one model.
+    """
+    parts: dict[str, Part] = {}
+    configs: dict[str, PartConfig] = {}
+    for source in sources:
+        for part in source.parts:
+            cfg = _own(part, source.config) if source.config else part.config()
+            if part.name in parts and part.name not in _DECODERS:
+                before = configs[part.name]
+                seen = {name: getattr(before, name) for name in _UNSEEN if hasattr(before, name)}
+                if dataclasses.replace(cfg, **seen) != before:
+                    raise _mixed(parts[part.name], part, "are of different shapes")
+                cfg = cfg if part.hints or source.config else before
+            parts[part.name], configs[part.name] = part, cfg
+    _agree(parts, {name: _latents(cfg) for name, cfg in configs.items()}, "latent channels")
+    widths = {"dit": "text_dim", "text": "dim"}
+    _agree(parts, {n: getattr(configs[n], w) for n, w in widths.items() if n in parts}, "text")
+    if "vae" in configs and "vae_light" in configs:
+        full = configs["vae"]
+        configs["vae_light"] = dataclasses.replace(
+            configs["vae_light"], mean=full.mean, std=full.std
+        )
+    return parts, configs
+
+
+def _own(part: Part, cfg: ModelConfig) -> PartConfig:
+    if part.name in _DECODERS:
+        return cfg.decoder(_DECODERS[part.name])
+    return getattr(cfg, part.name)
+
+
+def _latents(cfg: PartConfig) -> int | None:
+    return getattr(cfg, "channels", None) or getattr(cfg, "latent_channels", None)
+
+
+def _agree(parts: Mapping[str, Part], counts: Mapping[str, int | None], what: str) -> None:
+    counts = {name: count for name, count in counts.items() if count is not None}
+    if len(set(counts.values())) > 1:
+        first, *others = counts
+        other = next(name for name in others if counts[name] != counts[first])
+        numbers = f"have {counts[first]} and {counts[other]} {what}"
+        raise _mixed(parts[first], parts[other], numbers.replace(" text", " columns of text"))
+
+
+def _mixed(first: Part, second: Part, why: str) -> InputError:
+    return InputError(f"two families are mixed: {first.path} and {second.path} {why}")
+
+
+def assemble(sources: Sequence[Source], configs: Mapping[str, PartConfig]) -> ModelConfig:
+    """The config of a model with these parts; of a part that is not there, the family's."""
+    own = [s.config for s in sources if s.config and {p.name for p in s.parts} & {"dit", "vae"}]
+    base = own[-1] if own else _preset(configs)
+    dit, vae, text = (configs.get(name, getattr(base, name)) for name in ("dit", "vae", "text"))
+    latents = next((n for n in map(_latents, configs.values()) if n), base.dit.channels)
+    if "dit" not in configs:
+        dit = dataclasses.replace(dit, channels=latents, text_dim=text.dim)
+    elif "text" not in configs:
+        text = dataclasses.replace(text, dim=dit.text_dim)
+    if vae.latent_channels != latents:
+        vae = dataclasses.replace(vae, latent_channels=latents, mean=(), std=())
+    decoders = dict(base.decoders)
+    decoders |= {_DECODERS[name]: configs[name] for name in _DECODERS if name in configs}
+    known = own or dit == base.dit
+    return dataclasses.replace(
+        base,
+        name=base.name if known else base.name.split("_")[0],
+        dit=dit,
+        vae=vae,
+        text=text,
+        decoders=tuple(decoders.items()),
+    )
+
+
+def _preset(configs: Mapping[str, PartConfig]) -> ModelConfig:
+    """The published model that this is, or the smallest of its family: Wan2.2 has 48 latent
+    channels, or a VAE with shortcuts.
+    """
+    for preset in PRESETS:
+        if preset.dit == configs.get("dit"):
+            return preset
+    wide = any(_latents(cfg) == 48 for cfg in configs.values())
+    shortcut = any(getattr(cfg, "shortcut", False) for cfg in configs.values())
+    return config.WAN22_TI2V_5B if wide or shortcut else config.WAN21_T2V_1_3B
+
+
+def abstract(name: str, cfg: PartConfig) -> nnx.Module:
+    """The module of a part, of shapes only."""
+    kind: Any = {"dit": DiT, "text": UMT5}.get(name, vaes.build)
+    return nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(0)))
+
+
+def _plan(
+    part: Part, cfg: PartConfig, allow_missing: bool
+) -> tuple[dict[str, Pending], Sequence[str]]:
+    """How to make each parameter, and the names that are allowed to be missing."""
+    model = abstract(part.name, cfg)
+    rows = part.rows(cfg) if part.layout != "ours" else family.identity(weights.flatten(model))
+    try:
+        return table.plan(model, rows, part.tensors), ()
+    except NameMismatch as error:
+        only_missing = not (error.unexpected or error.shapes or error.unfilled)
+        if allow_missing and only_missing:
+            allowed = error.missing
+            return table.plan(model, rows, part.tensors, allow_missing=allowed), allowed
+        hint = "; --allow-missing makes them zero" if only_missing else ""
+        raise InputError(f"{part.path} does not fit: {error}{hint}") from error
+
+
+def _lora(sources: Sequence[Source], dit: Mapping[str, Pending] | None) -> lora.Lora | None:
+    paths = [source.lora for source in sources if source.lora]
+    if not paths:
+        return None
+    adapter = lora.read(paths[-1])
+    if dit is not None:
+        lora.check(adapter, {path: entry.shape for path, entry in dit.items()})
+    return adapter
+
+
+def _write_rest(
+    folder: pathlib.Path,
+    cfg: ModelConfig,
+    adapter: lora.Lora | None,
+    tokenizer: pathlib.Path | None,
+) -> None:
+    text = json.dumps(config.to_json(cfg), indent=1) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
+    if adapter is not None:
+        lora.save(folder / "lora.safetensors", adapter)
+    if tokenizer is not None:
+        for name in family.TOKENIZER:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
+
+
+@contextlib.contextmanager
+def _new_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside `to` that gets its name when all went well, and vanishes when not."""
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+    except OSError as error:
+        raise InputError(f"cannot write to {to.parent}: {error.strerror}") from error
+    try:
+        yield stage
+        stage.chmod(0o755)
+        stage.replace(to)
+    except OSError as error:
+        raise InputError(f"cannot write {to}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
