@@ -56,10 +56,7 @@ class Stopwatch:
                 written = time.perf_counter()
                 self.marks.append(Mark(len(chunk.frames), chunk.denoise_s, asked, ready, written))
                 self.size = chunk.frames.shape[1:3]
-                self.switches += [
-                    report.Switch(event.prompt, event.time_s, event.applied_s)
-                    for event in chunk.applied
-                ]
+                self.switches += chunk.applied
             yield chunk
             asked = time.perf_counter()
 

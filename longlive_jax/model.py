@@ -23,6 +23,7 @@ from longlive_jax.convert.table import NameMismatch
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
+from longlive_jax.report import Switch
 from longlive_jax.text import tokenizer
 from longlive_jax.text.encoder import TextEncoder
 from longlive_jax.text.umt5 import UMT5
@@ -38,15 +39,7 @@ Sharding = Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]
 
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 _WORDS = {"dit": "transformer", "text": "text encoder", "vae": "VAE"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Applied:
-    """A change of prompt, and when the first frame under it begins."""
-
-    prompt: str
-    time_s: float
-    applied_s: float
+_WORDS |= {"vae_light": "light VAE", "vae_tae": "TAEHV decoder"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Chunk:
     frames: UInt8[np.ndarray, "t H W 3"]
     prompt: str  # in force
     denoise_s: float  # seconds until the latents were there
-    applied: tuple[Applied, ...]  # changes that begin here
+    applied: tuple[Switch, ...]  # changes that begin here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +117,7 @@ class Model:
                 prompt = event.prompt
                 whole = CUT_PREFIX + prompt if event.kind == "cut" else prompt
                 state, text = self.change(state, event.kind, [whole])
-                applied.append(Applied(prompt, event.time_s, first / cfg.fps))
+                applied.append(Switch(prompt, event.time_s, first / cfg.fps))
             start = time.perf_counter()
             state, latents = self.next_latents(state, text, solver)
             jax.block_until_ready(latents)
@@ -246,7 +239,7 @@ def _decoder(folder: pathlib.Path, cfg: ModelConfig, name: str) -> VAEConfig | T
 
 def _check_parts(folder: pathlib.Path, files: Mapping[str, str]) -> None:
     """A folder may hold only some parts of a model, as its source did."""
-    absent = [_WORDS[part] for part, file in files.items() if not weights.exists(folder, file)]
+    absent = [_WORDS[file] for file in files.values() if not weights.exists(folder, file)]
     if not any((folder / file).exists() for file in _TOKENIZERS):
         absent.append("tokenizer")
     if absent:

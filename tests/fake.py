@@ -8,6 +8,7 @@ import numpy as np
 
 from longlive_jax import config as configs
 from longlive_jax import timeline
+from longlive_jax.report import Switch
 
 CONFIG = configs.ModelConfig(
     name="fake",
@@ -30,16 +31,6 @@ CONFIG = configs.ModelConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class Applied:
-    """An event, and when it came into force."""
-
-    time_s: float
-    kind: str
-    prompt: str
-    applied_s: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Chunk:
     """What `stream` yields."""
 
@@ -47,7 +38,7 @@ class Chunk:
     prompt: str
     index: int
     denoise_s: float
-    applied: tuple[Applied, ...]
+    applied: tuple[Switch, ...]
 
 
 @dataclasses.dataclass
@@ -78,7 +69,5 @@ class Model:
                 prompt=prompt,
                 index=index,
                 denoise_s=0.001,
-                applied=tuple(
-                    Applied(e.time_s, e.kind, e.prompt, start / self.config.fps) for e in now
-                ),
+                applied=tuple(Switch(e.prompt, e.time_s, start / self.config.fps) for e in now),
             )

@@ -5,13 +5,16 @@ import json
 
 import av
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import longlive_jax
 from longlive_jax import cli, session
 from longlive_jax.bench import CompileClock
+from longlive_jax.data.caption import Thing
 from longlive_jax.errors import InputError
+from longlive_jax.eval import toy
 from longlive_jax.model import SHIPPED
 
 RED = "a red circle moves left over a black background"
@@ -49,6 +52,15 @@ def test_the_same_seed_makes_the_same_video(tiny):
 
     np.testing.assert_array_equal(frames(3), frames(3))
     assert (frames(3) != frames(4)).any()
+
+
+def test_bfloat16_weights_make_the_video_asked_for():
+    """What an accelerator runs by default. The noise is bfloat16 too, so it is another video."""
+    model = longlive_jax.load("tiny", dtype=jnp.bfloat16)
+    frames = np.concatenate([chunk.frames for chunk in model.stream(RED, seconds=3)])
+    seen = toy.read(frames[-32:])
+    assert seen is not None and seen.things[0] == Thing("red", "circle", "moves left")
+    assert seen.background == "black"
 
 
 def test_nothing_is_compiled_after_the_second_chunk(tiny, changes):

@@ -332,7 +332,7 @@ def test_another_decoder_is_taken_by_its_name(tiny):
     light = dataclasses.replace(cfg.vae, encoder_dim=8, decoder_dim=8)
     cfg = dataclasses.replace(cfg, decoders=(("light", light),))
     (tiny / "config.json").write_text(json.dumps(config.to_json(cfg)))
-    with pytest.raises(InputError, match="lacks its VAE"):
+    with pytest.raises(InputError, match="lacks its light VAE"):
         longlive_jax.load(tiny, vae="light")
     weights.save(tiny / "vae_light.safetensors", weights.flatten(VAE(light, rngs=nnx.Rngs(0))))
     assert longlive_jax.load(tiny, vae="light").vae.cfg == light
