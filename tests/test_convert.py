@@ -16,11 +16,13 @@ import wan
 from safetensors.numpy import save_file
 from test_dit import run as forward
 
+import longlive_jax
 from longlive_jax import cli, config, weights
 from longlive_jax.convert import family, nvfp4, run, table, wan_dit, wan_vae
 from longlive_jax.convert.source import Stored, Tensors
 from longlive_jax.dit import mask
 from longlive_jax.errors import InputError
+from longlive_jax.model import SHIPPED
 
 NAMES = json.loads(gzip.decompress((wan.GOLDEN / "names.json.gz").read_bytes()))
 FULL = {
@@ -274,3 +276,22 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert "no space left" in said and said.count("\n") == 1
     assert len(written) > 2
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
+def test_a_faster_decoder_is_added_and_used(tmp_path):
+    """TAEHV beside the tiny model's own VAE: both speak 16 channels, of 8×8 pixels and 4 frames."""
+    tae = config.TAEConfig(latent_channels=16, encoder_dim=4, decoder_dims=(8, 6, 4, 4))
+    file, model = tmp_path / "taew2_1.safetensors", tmp_path / "model"
+    save_file(small_wan.tensors("vae_tae", cfg=tae), file)
+    sources = ["--from", str(SHIPPED / "tiny"), "--from", str(file)]
+    assert cli.run(["convert", *sources, "--to", str(model)]) == 0
+    made = config.from_json(json.loads((model / "config.json").read_text()))
+    assert made.decoders == (("tae", tae),) and made.vae == config.TINY.vae
+
+    def frames(vae):
+        loaded = longlive_jax.load(str(model), vae=vae)
+        return next(iter(loaded.stream("a red circle moves left over a black background"))).frames
+
+    full, fast = frames("full"), frames("tae")
+    assert full.shape == fast.shape == (9, 64, 64, 3)
+    assert (full != fast).any()
