@@ -224,7 +224,10 @@ def _inner(parameter: Any) -> Iterator[Any]:
 
 def toolchain() -> bool:
     """Whether the compiler for GPUs is installed (the `[aot]` or the `[cuda]` extra)."""
-    return importlib.util.find_spec(PLUGIN) is not None
+    try:
+        return importlib.util.find_spec(PLUGIN) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 def compiled(cfg: ModelConfig, gpu: GPU, names: tuple[str, ...] = PROGRAMS) -> dict[str, int]:

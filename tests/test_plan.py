@@ -217,8 +217,9 @@ def test_the_plan_can_be_standard_output(capsys):
     assert "planned storage; not runnable yet" in err
 
 
-def test_without_the_compiler_the_plan_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(footprint, "PLUGIN", "jax_plugins.none")
+@pytest.mark.parametrize("plugin", ["longlive_jax.none", "no_plugins.none"])
+def test_without_the_compiler_the_plan_says_so(capsys, monkeypatch, plugin):
+    monkeypatch.setattr(footprint, "PLUGIN", plugin)
     code, out, err = longlive(capsys, "--preset", "tiny")
     assert code == 0, err
     assert "the compiler for GPUs is not installed" in out
