@@ -6,8 +6,6 @@ more than a block of one kernel is held at a time.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import os
 import pathlib
@@ -34,8 +32,8 @@ def run(
     *,
     alpha: float | int | None = None,
 ) -> None:
-    """Writes the folder `output`, whole or not at all. All but the transformer is linked to the
-    model's files where the disk allows it, copied elsewhere.
+    """Writes the folder `output`, whole or not at all. Other weights are linked to the model's
+    files where the disk allows it; the rest is copied.
 
     Raises:
       InputError: the LoRA is of another model, a file is broken, or `output` is there already.
@@ -51,11 +49,11 @@ def run(
         path: Pending(spec.shape, spec.dtype, functools.partial(_pieces, tensors, path, adapter))
         for path, spec in specs.items()
     }
-    with _new_folder(target) as folder:
+    with weights.new_folder(target) as folder:
         weights.write(folder, _PART, pending)
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(_REPLACED):
-                _link(file, folder / file.name)
+                _take(file, folder / file.name)
 
 
 def _pieces(tensors, path: str, lora: loras.Lora) -> Iterator[np.ndarray]:
@@ -72,25 +70,12 @@ def _pieces(tensors, path: str, lora: loras.Lora) -> Iterator[np.ndarray]:
             yield np.asarray(loras.LowRank(*parts, lora.scale(linear)).dense())
 
 
-def _link(file: pathlib.Path, target: pathlib.Path) -> None:
+def _take(file: pathlib.Path, target: pathlib.Path) -> None:
+    """Weights are linked; what people edit is copied."""
+    if file.suffix != ".safetensors":
+        shutil.copyfile(file, target)
+        return
     try:
         os.link(file.resolve(), target)
     except OSError:  # another disk, or one that knows no links
         shutil.copyfile(file, target)
-
-
-@contextlib.contextmanager
-def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to fill, which becomes `target` once all went well and is gone otherwise."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(target)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full" if full else error.strerror or str(error)
-        raise InputError(f"cannot write {target}: {why}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
 
@@ -212,6 +213,31 @@ def _make_folder(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f'cannot write to "{folder}": {error.strerror}') from error
+
+
+def check_new(folder: pathlib.Path) -> None:
+    """Raises InputError where something is in the way of a new folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; name a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, which gets its name when all went well, and vanishes when not."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder.parent}: {error.strerror}") from error
+    try:
+        yield stage
+        stage.chmod(0o755)
+        stage.replace(folder)
+    except OSError as error:
+        why = "the disk is full" if error.errno in _FULL else error.strerror or error
+        raise InputError(f"cannot write {folder}: {why}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _remove_folder(path: pathlib.Path) -> None:

@@ -193,9 +193,9 @@ def _unexpected(folder):
     return [folder]
 
 
-def _lora(path):
+def _lora(path, width=8):
     place = "base_model.model.blocks.{}.self_attn.q.lora_{}.weight"
-    shapes = {"A": (4, 8), "B": (8, 4)}
+    shapes = {"A": (4, width), "B": (width, 4)}
     halves = ((i, side) for i in range(small_wan.DIT.layers) for side in "AB")
     save_file({place.format(*half): np.ones(shapes[half[1]], np.float32) for half in halves}, path)
 
@@ -224,6 +224,17 @@ def _engine(folder):
     return [path]
 
 
+def _two_transformers(folder):
+    (folder / "high_noise_model").mkdir()
+    return [folder]
+
+
+def _average_only(folder):
+    path = folder / "generator.pt"
+    torch.save({"generator_ema": {"x": torch.zeros(1)}}, path)
+    return [path]
+
+
 def _nothing(folder):
     (folder / "empty").mkdir()
     return [folder / "empty"]
@@ -240,6 +251,8 @@ def _nothing(folder):
         (_lora_among_shards, "mixes a LoRA with other tensors"),
         (_code, "nothing of it was run"),
         (_engine, "TransformerEngine"),
+        (_two_transformers, "has two transformers"),
+        (_average_only, "say --ema"),
         (_nothing, "holds nothing that is known"),
     ],
 )
@@ -295,3 +308,36 @@ def test_a_faster_decoder_is_added_and_used(tmp_path):
     full, fast = frames("full"), frames("tae")
     assert full.shape == fast.shape == (9, 64, 64, 3)
     assert (full != fast).any()
+
+
+@pytest.mark.parametrize("layout", ["pytorch", "diffusers"])
+def test_a_whole_folder_goes_out_and_comes_back(tmp_path, layout):
+    """Transformer, LoRA and both fast decoders: nothing is lost on the way."""
+    source, files = small_wan.write(tmp_path / "in"), tmp_path / "files"
+    files.mkdir()
+    _lora(files / "lora.safetensors", small_wan.DIT.dim)
+    tae = config.TAEConfig(latent_channels=16, encoder_dim=4, decoder_dims=(8, 6, 4, 4))
+    light = dataclasses.replace(small_wan.VAE22, latent_channels=16)
+    save_file(small_wan.tensors("vae_tae", cfg=tae), files / "taew2_1.safetensors")
+    save_file(small_wan.tensors("vae_light", "diffusers", cfg=light), files / "light.safetensors")
+    run.convert([source, *sorted(files.iterdir())], tmp_path / "ours")
+    run.convert([tmp_path / "ours"], tmp_path / "out", layout=layout)
+    run.convert([tmp_path / "out"], tmp_path / "back")
+    ours, back = ({p.name for p in (tmp_path / name).iterdir()} for name in ("ours", "back"))
+    parts = ("dit", "vae_tae", "vae_light", "lora")
+    assert ours == back >= {f"{part}.safetensors" for part in parts}
+    for part in parts:
+        want, got = (weights.read(tmp_path / name, part) for name in ("ours", "back"))
+        assert small_wan.same(got, {name: want[name] for name in want})
+
+
+def test_a_later_transformer_comes_without_the_lora_of_the_first(tmp_path):
+    source, lora = small_wan.write(tmp_path / "in"), tmp_path / "lora.safetensors"
+    _lora(lora, small_wan.DIT.dim)
+    run.convert([source, lora], tmp_path / "adapted")
+    merged = tmp_path / "merged.safetensors"
+    save_file({f"model.{k}": x for k, x in small_wan.tensors("dit", seed=1).items()}, merged)
+    run.convert([tmp_path / "adapted", merged], tmp_path / "new")
+    run.convert([merged, lora], tmp_path / "both")
+    assert not (tmp_path / "new" / "lora.safetensors").exists()
+    assert (tmp_path / "both" / "lora.safetensors").exists()

@@ -191,7 +191,7 @@ def write(folder: pathlib.Path, to: pathlib.Path, layout: str) -> None:
         if place.describe is not None:
             _json(path.parent / "config.json", place.describe(shape))
     if source.lora:
-        lora.save(to / "lora.safetensors", lora.read(source.lora), _LORAS[layout])
+        lora.save(to / family.LORA, lora.read(source.lora), _LORAS[layout])
     if source.tokenizer:
         _tokenizer(source.tokenizer, to / _TOKENIZERS[layout])
     if layout == "diffusers":

@@ -28,6 +28,9 @@ from longlive_jax.errors import InputError
 PartConfig = DiTConfig | VAEConfig | TAEConfig | TextConfig
 PARTS = ("dit", "text", "vae", "vae_light", "vae_tae")  # as their files are called
 TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+LORA = "lora/lora.safetensors"  # in an export, apart from the shards that folders are searched for
+_DECODERS = ("lightvae.pth", "taew2_?.pth", "taew2_?.safetensors", "vae_light/*.safetensors")
+_STAGES = ("high_noise_model", "low_noise_model")  # Wan2.2-A14B
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _GROUPS = ("generator", "generator_lora", "model", "gen_model", "state_dict", "")
 _FOLDERS = {"transformer": "dit", "vae": "vae", "text_encoder": "text", "tokenizer": "tokenizer"}
@@ -122,14 +125,24 @@ def read(path: pathlib.Path, *, ema: bool = False) -> Source:
         raise InputError(f"there is nothing at {path}")
     if path.is_file():
         return _file(path, ema)
+    if any((path / name).is_dir() for name in _STAGES):
+        raise InputError(f"{path} has two transformers, which is not supported")
     if (path / "model_index.json").is_file():
-        return _diffusers(path)
+        return _and_beside(path, _diffusers(path))
     said = _json(path / "config.json")
     if "dit" in said and "stream" in said:
         return _ours(path, said)
     if any((path / name).is_dir() for name in _FOLDERS):
         return _gather(path / name for name in _FOLDERS if (path / name).is_dir())
-    return _folder(path, said)
+    return _and_beside(path, _folder(path, said))
+
+
+def _and_beside(path: pathlib.Path, source: Source) -> Source:
+    """With the decoders and the LoRA that an export of ours has beside the model."""
+    files = sorted(file for pattern in _DECODERS for file in path.glob(pattern))
+    parts = [part for file in files for part in _file(file, False).parts]
+    lora = path / LORA if (path / LORA).is_file() else source.lora
+    return dataclasses.replace(source, parts=(*source.parts, *parts), lora=lora)
 
 
 def _file(path: pathlib.Path, ema: bool, hints: Mapping[str, Any] | None = None) -> Source:
@@ -154,6 +167,8 @@ def _group(path: pathlib.Path, checkpoint: Checkpoint, ema: bool) -> Tensors:
     for name in ("generator_ema", *_GROUPS) if ema else _GROUPS:
         if name in groups and len(groups[name]):
             return groups[name]
+    if "generator_ema" in groups:
+        raise InputError(f"{path} holds a generator_ema only: say --ema")
     raise InputError(f"{path} has no model in it: it has {_listed(groups) or 'nothing'}")
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,8 +52,7 @@ def convert(
     Raises:
       InputError: something is not as it should be; nothing has been written then.
     """
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise InputError(f"{to} is there already: name a new folder")
+    weights.check_new(to)
     sources = [family.read(path, ema=ema) for path in paths]
     parts, configs = combine(sources)
     if not parts:
@@ -68,7 +65,7 @@ def convert(
     cfg = dataclasses.replace(cfg, allowed_missing=(*cfg.allowed_missing, *missing))
     adapter = _lora(sources, pending.get("dit"))
     tokenizer = next((s.tokenizer for s in reversed(sources) if s.tokenizer), None)
-    with _new_folder(to) as stage:
+    with weights.new_folder(to) as stage:
         ours = stage if layout == "longlive" else stage / "model"
         for name in parts:
             weights.write(ours, name, pending[name], dtype=DTYPES[dtype])
@@ -191,10 +188,13 @@ def _plan(
 
 
 def _lora(sources: Sequence[Source], dit: Mapping[str, Pending] | None) -> lora.Lora | None:
-    paths = [source.lora for source in sources if source.lora]
-    if not paths:
+    path = None
+    for source in sources:  # a transformer that comes later comes without the LoRA of the last one
+        if source.lora or any(part.name == "dit" for part in source.parts):
+            path = source.lora
+    if path is None:
         return None
-    adapter = lora.read(paths[-1])
+    adapter = lora.read(path)
     if dit is not None:
         lora.check(adapter, {path: entry.shape for path, entry in dit.items()})
     return adapter
@@ -214,21 +214,3 @@ def _write_rest(
         for name in family.TOKENIZER:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)
-
-
-@contextlib.contextmanager
-def _new_folder(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside `to` that gets its name when all went well, and vanishes when not."""
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-    except OSError as error:
-        raise InputError(f"cannot write to {to.parent}: {error.strerror}") from error
-    try:
-        yield stage
-        stage.chmod(0o755)
-        stage.replace(to)
-    except OSError as error:
-        raise InputError(f"cannot write {to}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
