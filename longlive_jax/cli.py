@@ -269,6 +269,14 @@ def define_convert(values: flags.FlagValues) -> None:
         "set parameters that the checkpoint lacks to zero, and say so in the config",
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "steps",
+        None,
+        "steps that the transformer was distilled to; by default its family's number",
+        1,
+        1000,
+        flag_values=values,
+    )
 
 
 def run_convert(values: flags.FlagValues, load: Load) -> None:
@@ -282,14 +290,17 @@ def run_convert(values: flags.FlagValues, load: Load) -> None:
 
     from longlive_jax.convert import run  # imports JAX
 
-    run.convert(
+    notes = run.convert(
         paths,
         pathlib.Path(values.to),
         layout=values["to-format"].value,
         allow_missing=values["allow-missing"].value,
         dtype=values.dtype,
         ema=values.ema,
+        steps=values.steps,
     )
+    for note in notes:
+        sys.stderr.write(f"longlive: {note}\n")
 
 
 def report_path(values: flags.FlagValues) -> pathlib.Path | None:

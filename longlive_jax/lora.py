@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from longlive_jax.convert.lora import LINEARS, Place, gather, spread
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 
+_MERGE = "merge it first (longlive merge-lora)"
 _NOT_DONE = ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "use_qalora")
 
 
@@ -230,6 +232,33 @@ def from_tensors(tensors: Mapping[str, Any], *, alpha: float | int | None = None
 def export(lora: Lora, naming: str = "peft") -> dict[str, np.ndarray]:
     """Its tensors as peft ("base_model.model.…", LongLive's too) or diffusers name them."""
     return spread(lora.a, lora.b, naming)
+
+
+def unscaled(lora: Lora) -> Lora:
+    """The same LoRA of scale 1, for files that do not say alpha: LongLive takes rank and alpha from
+    its own config, one of each for the linear layers of the blocks, and knows no others.
+
+    The scale goes into B, which is exact for powers of two: they commute with every rounding. Any
+    other would make other results than ours, and is refused.
+
+    Raises:
+      InputError: LongLive's code would not compute the same with it.
+    """
+    ranks = sorted({lora.rank(path) for path in lora.a})
+    if len(ranks) > 1:
+        raise InputError(f"LongLive's code takes LoRAs of one rank, not of {ranks}: {_MERGE}")
+    if odd := [path for path in lora.a if not path.startswith("blocks.")]:
+        raise InputError(f"LongLive's code adapts blocks only, not {odd[0]}: {_MERGE}")
+    scale = lora.scale(next(iter(lora.a)))
+    if math.frexp(scale)[0] != 0.5:
+        raise InputError(f"LongLive's files cannot say that alpha / rank is {scale:g}: {_MERGE}")
+    return Lora(lora.a, {path: _times(x, scale) for path, x in lora.b.items()})
+
+
+def _times(x: Any, scale: float) -> np.ndarray:
+    """Exact: float16, which would lose its smallest numbers, becomes float32."""
+    kind = np.float32 if x.dtype == np.float16 and scale != 1 else x.dtype
+    return np.asarray(x).astype(kind) * np.asarray(scale, kind)
 
 
 def peft_config(lora: Lora, naming: str = "peft") -> dict[str, Any]:

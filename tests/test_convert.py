@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from safetensors.numpy import save_file
 from test_dit import run as forward
 
 import longlive_jax
-from longlive_jax import cli, config, weights
+from longlive_jax import cli, config, lora, weights
 from longlive_jax.convert import family, nvfp4, run, table, wan_dit, wan_vae
 from longlive_jax.convert.source import Stored, Tensors
 from longlive_jax.dit import mask
 from longlive_jax.errors import InputError
 from longlive_jax.model import SHIPPED
+from longlive_jax.vae import vae as vaes
 
 NAMES = json.loads(gzip.decompress((wan.GOLDEN / "names.json.gz").read_bytes()))
 FULL = {
@@ -110,6 +112,38 @@ def test_K_wan_transformer(golden, facts, layout, tmp_path):
         np.testing.assert_allclose(wan.channel_first(out), case[name], rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_K2_wan_vae(golden, facts, layout, tmp_path):
+    """Under either naming, and in both scalings. The decoder is not part of the case."""
+    case, said = golden("longlive1", "K2_wan_vae"), facts("longlive1", "K2_wan_vae")
+    cfg = dataclasses.replace(config.WAN21_VAE, encoder_dim=4, decoder_dim=4, latent_channels=4)
+    cfg = dataclasses.replace(cfg, **{k: tuple(case[f"in/{k}"].tolist()) for k in ("mean", "std")})
+    tensors, start = small_wan.tensors("vae", cfg=cfg), 0
+    for name in sorted(n for n in tensors if n.startswith(("encoder.", "conv1."))):
+        shape, end = tensors[name].shape, start + tensors[name].size
+        tensors[name], start = case["w"][start:end].reshape(shape), end
+    assert start == len(case["w"])
+    pairs = zip(wan_vae.rows(cfg), wan_vae.rows_diffusers(cfg), strict=True)
+    names = {row.source: {"wan": row, "diffusers": other}[layout].source for row, other in pairs}
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    save_file({names[k]: v for k, v in tensors.items()}, folder / "model.safetensors")
+    statistics = {f"latents_{k}": getattr(cfg, k) for k in ("mean", "std")}
+    (folder / "config.json").write_text(json.dumps(statistics))
+    run.convert([folder], tmp_path / "ours")
+    found = config.from_json(json.loads((tmp_path / "ours" / "config.json").read_text())).vae
+    assert found == cfg
+    held = weights.read(tmp_path / "ours", "vae")
+    vae = weights.place(run.abstract("vae", cfg), held, dtype=jnp.float32)
+    z = jax.jit(vaes.encode)(vae, wan.channel_last(case["in/video"]))
+    unscaled = vaes.denormalise(cfg, z)
+    for name, got in {"official_encoded": z, "diffusers_encoded_unscaled": unscaled}.items():
+        atol = said["tolerance"][f"out/{name}"]["atol"]
+        np.testing.assert_allclose(
+            wan.channel_first(got), case[f"out/{name}"], rtol=0, atol=atol, err_msg=name
+        )
+
+
 @pytest.mark.parametrize("name", ["11_nvfp4_static_4", "11_nvfp4_static_6", "11_nvfp4_mse"])
 @pytest.mark.parametrize("kind", ["normal_fp32_1d", "heavy_fp32_2d"])
 def test_nvfp4_dequantised(golden, name, kind):
@@ -187,7 +221,7 @@ def _promised(folder):
 
 
 def _unexpected(folder):
-    more = {"img_emb.proj.0.weight": np.zeros(3, np.float32)}
+    more = {"extra.proj.0.weight": np.zeros(3, np.float32)}
     path = folder / "diffusion_pytorch_model.safetensors"
     save_file(small_wan.tensors("dit") | more, path)
     return [folder]
@@ -240,13 +274,20 @@ def _nothing(folder):
     return [folder / "empty"]
 
 
+def _files(folder):
+    (folder / "models").mkdir()
+    for name in ("longlive_base.pt", "lora.pt"):
+        torch.save({"x": torch.zeros(1)}, folder / "models" / name)
+    return [folder / "models"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (_other_size, "two families are mixed"),
         (_truncated, "cut short"),
         (_promised, "promises vae"),
-        (_unexpected, "unexpected: img_emb.proj.0.weight"),
+        (_unexpected, "unexpected: extra.proj.0.weight"),
         (_other_lora, "blocks.self_attn.q"),
         (_lora_among_shards, "mixes a LoRA with other tensors"),
         (_code, "nothing of it was run"),
@@ -254,6 +295,7 @@ def _nothing(folder):
         (_two_transformers, "has two transformers"),
         (_average_only, "say --ema"),
         (_nothing, "holds nothing that is known"),
+        (_files, "name one of its files with --from: longlive_base.pt, lora.pt"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, spoil, message):
@@ -263,6 +305,104 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, spoil, m
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+@pytest.mark.parametrize("sign", ["channels", "embedding", "attention"])
+def test_image_to_video_is_said_to_be_so(tmp_path, layout, sign):
+    """Wan2.1's has all three, Wan2.2's only the channels."""
+    names = {
+        ("wan", "embedding"): "img_emb.proj.0.weight",
+        ("wan", "attention"): "blocks.0.cross_attn.k_img.weight",
+        ("diffusers", "embedding"): "condition_embedder.image_embedder.norm1.weight",
+        ("diffusers", "attention"): "blocks.0.attn2.add_k_proj.weight",
+    }
+    tensors = small_wan.tensors("dit", layout)
+    if sign == "channels":
+        tensors["patch_embedding.weight"] = np.zeros((64, 36, 1, 2, 2), np.float32)
+    else:
+        tensors[names[layout, sign]] = np.zeros(3, np.float32)
+    save_file(tensors, tmp_path / "i2v.safetensors")
+    said = r"i2v.safetensors is an image-to-video model, which is not supported$"
+    with pytest.raises(InputError, match=said):
+        run.convert([tmp_path / "i2v.safetensors"], tmp_path / "ours")
+
+
+def _save_vae(path, layout, **widths):
+    cfg = dataclasses.replace(small_wan.VAE22, **widths)
+    tensors = {k: torch.from_numpy(x) for k, x in small_wan.tensors("vae", layout, cfg=cfg).items()}
+    torch.save({"gen_model": tensors} if layout == "diffusers" else tensors, path)
+    return cfg
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_the_light_vae_of_a_folder_is_told_from_the_full_one(tmp_path, layout):
+    """By what lies beside it; alone, by its words. Never by its name."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    full = _save_vae(folder / "Wan2.2_VAE.pth", "wan")
+    assert [part.name for part in family.read(folder).parts] == ["vae"]
+    light = _save_vae(folder / "A_VAE.pth", layout, encoder_dim=2, decoder_dim=4)
+    run.convert([folder], tmp_path / "ours")
+    cfg = config.from_json(json.loads((tmp_path / "ours" / "config.json").read_text()))
+    assert cfg.vae == full and dict(cfg.decoders) == {"light": light}
+    (folder / "Wan2.2_VAE.pth").unlink()
+    alone = {"wan": "vae", "diffusers": "vae_light"}[layout]
+    assert [part.name for part in family.read(folder).parts] == [alone]
+    _save_vae(folder / "B_VAE.pth", layout, encoder_dim=2, decoder_dim=4)
+    with pytest.raises(InputError, match=f"holds more than one {alone}$"):
+        family.read(folder)
+
+
+def test_a_wan_transformer_on_its_own_is_remarked_upon(tmp_path, capsys):
+    source, lora = small_wan.write(tmp_path / "in"), tmp_path / "lora.safetensors"
+    _lora(lora, small_wan.DIT.dim)
+    generator = tmp_path / "generator.safetensors"
+    save_file({f"model.{k}": x for k, x in small_wan.tensors("dit").items()}, generator)
+
+    def said(*paths, **choices):
+        flags = [f"--from={path}" for path in paths] + [f"--{k}={v}" for k, v in choices.items()]
+        to = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert cli.run(["convert", *flags, f"--to={to}"]) == 0
+        return capsys.readouterr().err
+
+    note = said(source)
+    assert "without LongLive's generator or LoRA" in note and note.count("\n") == 1
+    assert said(source, lora) == said(source, generator) == ""
+    assert said(source, **{"to-format": "pytorch"}) == ""  # to be run by other code
+
+
+def test_steps_are_kept_with_the_model(tmp_path, capsys):
+    tiny = ["convert", f"--from={SHIPPED / 'tiny'}"]
+    assert cli.run([*tiny, f"--to={tmp_path / 'two'}", "--steps=2"]) == 0
+    model = longlive_jax.load(str(tmp_path / "two"))
+    assert model.config.sampler == dataclasses.replace(config.TINY.sampler, steps=2)
+    assert len(model.solver().steps) == 2
+    bad = {("--steps=0",): "steps", ("--steps=2", "--to-format=pytorch"): "no place for --steps"}
+    for flags, message in bad.items():
+        assert cli.run([*tiny, f"--to={tmp_path / 'bad'}", *flags]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    with pytest.raises(InputError, match="from 1 to 1000, not 1001"):
+        run.convert([SHIPPED / "tiny"], tmp_path / "bad", steps=1001)
+    assert {path.name for path in tmp_path.iterdir()} == {"two"}
+
+
+def test_a_lora_is_exported_as_longlive_loads_it(tmp_path):
+    """`torch.load`, then `set_peft_model_state_dict` with what lies under `generator_lora`."""
+    source, path = small_wan.write(tmp_path / "in"), tmp_path / "lora.safetensors"
+    _lora(path, small_wan.DIT.dim)
+    adapter = lora.read(path, alpha=8)
+    lora.save(path, adapter)
+    run.convert([source, path], tmp_path / "ours")
+    run.convert([tmp_path / "ours"], tmp_path / "out", layout="pytorch")
+    held = torch.load(tmp_path / "out" / "lora.pt", weights_only=True)
+    assert set(held) == {"generator_lora"}
+    theirs = {name: x.numpy() for name, x in held["generator_lora"].items()}
+    assert small_wan.same(theirs, lora.export(lora.unscaled(adapter)))
+    b = "base_model.model.blocks.1.self_attn.q.lora_B.weight"
+    assert (theirs[b] == 2).all()  # alpha / rank
+    assert family.read(tmp_path / "out").lora == tmp_path / "out" / "lora.pt"
 
 
 def test_two_families_mixed_by_their_latents(tmp_path):

@@ -363,6 +363,35 @@ def test_peft_loads_what_we_save_and_we_what_it_saves(tmp_path):
     equal({k: v.numpy() for k, v in peft.get_peft_model_state_dict(loaded).items()}, official())
 
 
+# LongLive's file, which does not say alpha.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("alpha", [None, 1, 4, 8])
+def test_unscaled_computes_the_same_to_the_bit(alpha, dtype):
+    tensors = {name: x.astype(dtype) for name, x in official().items()}
+    scaled = lora.from_tensors(tensors, alpha=alpha)
+    plain = lora.unscaled(scaled)
+    assert {plain.scale(path) for path in plain.a} == {1}
+    for way in WAYS.values():
+        out, expected = (velocity(way(base(), x), *inputs()) for x in (plain, scaled))
+        np.testing.assert_array_equal(out, expected)
+    if alpha in (None, 4):
+        equal(lora.export(plain), tensors)
+
+
+def test_what_longlives_file_cannot_say_is_refused():
+    with pytest.raises(InputError, match=r"alpha / rank is 1.5: merge it first"):
+        lora.unscaled(adapter(6))
+    found = adapter(None)
+    narrow = {path: x[:, :2] if "ffn" in path else x for path, x in found.a.items()}
+    with pytest.raises(InputError, match=r"one rank, not of \[2, 4\]"):
+        lora.unscaled(dataclasses.replace(found, a=narrow))
+    head = {"head": np.zeros((4, 64), "f4")}, {"head": np.zeros((16, 4), "f4")}
+    with pytest.raises(InputError, match="blocks only, not head"):
+        lora.unscaled(lora.Lora(*head))
+
+
 # What is refused.
 
 A0 = "base_model.model.blocks.0.self_attn.q.lora_A.weight"

@@ -1,5 +1,6 @@
 """Checkpoint files: read tensor by tensor, and refused in one sentence where they are broken."""
 
+import io
 import json
 import os
 import pathlib
@@ -196,6 +197,16 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, zipped):
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     assert "nothing of it was run" in refused(tmp_path / "a.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_state_of_transformer_engine_is_refused_with_advice(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {"x.weight": torch.ones(2), "x._extra_state": io.BytesIO(b"scales")}
+    torch.save({"generator": tensors}, tmp_path / "a.pt")
+    said = refused(tmp_path / "a.pt")
+    assert "nothing of it was run" in said and "convert the merged bf16 file" in said
+    torch.save({"x": torch.ones(2), "code": Code(tmp_path)}, tmp_path / "a.pt")
+    assert "TransformerEngine" not in refused(tmp_path / "a.pt")
 
 
 def test_pytorch_files_without_a_state_dict_are_refused(tmp_path):

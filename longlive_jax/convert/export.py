@@ -161,7 +161,6 @@ FORMATS: dict[str, dict[str, Place]] = {
     },
 }
 _TOKENIZERS = {"pytorch": "google/umt5-xxl", "diffusers": "tokenizer"}
-_LORAS = {"pytorch": "peft", "diffusers": "diffusers"}
 _COMPONENTS = {
     "transformer": ("dit", ["diffusers", "WanTransformer3DModel"]),
     "vae": ("vae", ["diffusers", "AutoencoderKLWan"]),
@@ -191,11 +190,24 @@ def write(folder: pathlib.Path, to: pathlib.Path, layout: str) -> None:
         if place.describe is not None:
             _json(path.parent / "config.json", place.describe(shape))
     if source.lora:
-        lora.save(to / family.LORA, lora.read(source.lora), _LORAS[layout])
+        _LORAS[layout](to / family.LORAS[layout], lora.read(source.lora))
     if source.tokenizer:
         _tokenizer(source.tokenizer, to / _TOKENIZERS[layout])
     if layout == "diffusers":
         _index(to, cfg, parts, tokenizer=source.tokenizer is not None)
+
+
+def _longlive_lora(path: pathlib.Path, adapter: lora.Lora) -> None:
+    """A LoRA as LongLive's inference loads it (`inference.py`, `utils/lora_utils.py`)."""
+    tensors = lora.export(lora.unscaled(adapter))
+    # The container is optional there to sample with, but not to train on.
+    write_torch(path, table.unchanged(tensors), group="generator_lora")
+
+
+_LORAS: dict[str, Callable[[pathlib.Path, lora.Lora], None]] = {
+    "pytorch": _longlive_lora,
+    "diffusers": lambda path, adapter: lora.save(path, adapter, "diffusers"),
+}
 
 
 def _check(cfg: ModelConfig, parts: Mapping[str, Any]) -> None:
@@ -239,9 +251,11 @@ def _json(path: pathlib.Path, said: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
-def write_torch(path: pathlib.Path, pending: Mapping[str, Pending]) -> None:
+def write_torch(path: pathlib.Path, pending: Mapping[str, Pending], *, group: str = "") -> None:
     """A state dict as `torch.save` writes it, one tensor in memory at a time: the file is laid out
     first, with room for the numbers, and then filled through a memory map.
+
+    group: the key of the dict around it, if there is one.
     """
     try:
         import mmap
@@ -259,10 +273,11 @@ def write_torch(path: pathlib.Path, pending: Mapping[str, Pending]) -> None:
     if shutil.disk_usage(path.parent).free < need:
         raise InputError(f'no space left in "{path.parent}" for {need / 1e9:.1f} GB')
     with torch.serialization.skip_data():
-        torch.save(empty, path)
+        torch.save({group: empty} if group else empty, path)
     del empty
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         room = torch.load(path, mmap=True, weights_only=True)
+    room = room[group] if group else room
     for name, entry in pending.items():
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[entry.dtype.itemsize]
         start, flat = 0, room[name].view(bits).numpy().reshape(-1)

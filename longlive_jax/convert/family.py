@@ -21,30 +21,29 @@ from typing import Any
 from longlive_jax import config, weights
 from longlive_jax.config import DiTConfig, ModelConfig, TAEConfig, TextConfig, VAEConfig
 from longlive_jax.convert import light, nvfp4, tae, umt5, wan_dit, wan_vae
-from longlive_jax.convert.source import Checkpoint, Tensors, open_checkpoint
+from longlive_jax.convert.source import ENGINE, Checkpoint, Tensors, open_checkpoint
 from longlive_jax.convert.table import Row
 from longlive_jax.errors import InputError
 
 PartConfig = DiTConfig | VAEConfig | TAEConfig | TextConfig
 PARTS = ("dit", "text", "vae", "vae_light", "vae_tae")  # as their files are called
 TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
-LORA = "lora/lora.safetensors"  # in an export, apart from the shards that folders are searched for
+# In an export: LongLive's name; and apart from the shards that folders are searched for.
+LORAS = {"pytorch": "lora.pt", "diffusers": "lora/lora.safetensors"}
 _DECODERS = ("lightvae.pth", "taew2_?.pth", "taew2_?.safetensors", "vae_light/*.safetensors")
 _STAGES = ("high_noise_model", "low_noise_model")  # Wan2.2-A14B
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _GROUPS = ("generator", "generator_lora", "model", "gen_model", "state_dict", "")
 _FOLDERS = {"transformer": "dit", "vae": "vae", "text_encoder": "text", "tokenizer": "tokenizer"}
-_REFUSED = {
-    "longlive_generator_te_nvfp4": "holds TransformerEngine's runtime form;"
-    " convert the merged bf16 file or the packed FourOverSix one"
-}
+_REFUSED = {"longlive_generator_te_nvfp4": ENGINE}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One part of a model. `tensors` go by the names of `layout`, wrappers taken off.
 
-    hints: what a `config.json` beside it says that shapes do not. path: where it was found.
+    hints: what a `config.json` beside it says that shapes do not. path: where it was found. plain:
+    the file's names are bare, which those of LongLive's generators are not.
     """
 
     name: str
@@ -52,9 +51,12 @@ class Part:
     tensors: Tensors
     hints: Mapping[str, Any]
     path: pathlib.Path
+    plain: bool = False
 
     def config(self) -> PartConfig:
-        """Its shape. Raises InputError where names are missing that every such model has."""
+        """Its shape. Raises InputError where names are missing that every such model has, and for
+        kinds that are not supported.
+        """
 
         def shape(name: str) -> tuple[int, ...]:
             return tuple(self.tensors.spec(name).shape)
@@ -64,6 +66,8 @@ class Part:
             return infer(self.tensors, shape, self.layout, self.hints)
         except KeyError as error:
             raise InputError(f"{self.path}: {error.args[0]} is missing") from error
+        except NotImplementedError as error:
+            raise InputError(f"{self.path} {error}, which is not supported") from error
         except ValueError as error:
             raise InputError(f"{self.path} has tensors of unknown shape: {error}") from error
 
@@ -141,7 +145,8 @@ def _and_beside(path: pathlib.Path, source: Source) -> Source:
     """With the decoders and the LoRA that an export of ours has beside the model."""
     files = sorted(file for pattern in _DECODERS for file in path.glob(pattern))
     parts = [part for file in files for part in _file(file, False).parts]
-    lora = path / LORA if (path / LORA).is_file() else source.lora
+    loras = (path / name for name in LORAS.values() if (path / name).is_file())
+    lora = next(loras, source.lora)
     return dataclasses.replace(source, parts=(*source.parts, *parts), lora=lora)
 
 
@@ -150,14 +155,17 @@ def _file(path: pathlib.Path, ema: bool, hints: Mapping[str, Any] | None = None)
     said = checkpoint.facts.get("checkpoint_format")
     if said in _REFUSED:
         raise InputError(f"{path} {_REFUSED[said]}")
-    tensors = _unwrap(path, _group(path, checkpoint, ema))
+    wrapped = _group(path, checkpoint, ema)
+    tensors = _unwrap(path, wrapped)
     if any("lora" in name for name in tensors):
         if other := [n for n in tensors if "lora" not in n and not n.endswith(".alpha")]:
             raise InputError(f"{path} mixes a LoRA with other tensors: {_listed(other)}")
         return Source((), lora=path)
+    plain = tensors.keys() == wrapped.keys()
     if nvfp4.is_packed(tensors):
         tensors = nvfp4.unpacked(tensors)
-    return Source((_part(path, tensors, hints or {}, bare=hints is None),))
+    part = _part(path, tensors, hints or {}, bare=hints is None)
+    return Source((dataclasses.replace(part, plain=plain),))
 
 
 def _group(path: pathlib.Path, checkpoint: Checkpoint, ema: bool) -> Tensors:
@@ -230,6 +238,20 @@ def _is_light(cfg: VAEConfig) -> bool:
     )
 
 
+def _told_apart(parts: Sequence[Part]) -> list[Part]:
+    """The parts of one folder. Its light VAE is the one that a wider one of the kind lies beside;
+    or a pruned one whose .pth file is in diffusers' words, as only LightVAE's are.
+    """
+    vaes = {i: part.config() for i, part in enumerate(parts) if part.name == "vae"}
+    widest = max((cfg.decoder_dim for cfg in vaes.values() if cfg.shortcut), default=0)
+    told = list(parts)
+    for i, cfg in vaes.items():
+        training = (parts[i].path.suffix, parts[i].layout) == (".pth", "diffusers")
+        if _is_light(cfg) and (training or cfg.decoder_dim < widest):
+            told[i] = dataclasses.replace(parts[i], name="vae_light")
+    return told
+
+
 def _diffusers(path: pathlib.Path) -> Source:
     index = _json(path / "model_index.json")
     promised = [name for name in _FOLDERS if (index.get(name) or [None])[0]]
@@ -262,12 +284,15 @@ def _folder(path: pathlib.Path, hints: Mapping[str, Any]) -> Source:
         lora = found.lora
     for file in sorted([*path.glob("*VAE*.pth"), *path.glob("models_t5*.pth")]):
         parts += _file(file, False, {}).parts
+    parts = _told_apart(parts)
     if twice := [name for name in PARTS if sum(part.name == name for part in parts) > 1]:
         raise InputError(f"{path} holds more than one {_listed(twice)}")
     places = (path, path / "google" / "umt5-xxl", path / "tokenizer")
     tokenizer = next((place for place in places if _has_tokenizer(place)), None)
     if not (parts or tokenizer or lora):
-        raise InputError(f"{path} holds nothing that is known")
+        files = [file.name for kind in ("*.pt", "*.pth") for file in path.glob(kind)]
+        hint = f"; name one of its files with --from: {_listed(files)}" if files else ""
+        raise InputError(f"{path} holds nothing that is known{hint}")
     return Source(tuple(parts), tokenizer, lora)
 
 

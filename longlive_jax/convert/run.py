@@ -19,6 +19,7 @@ from longlive_jax.convert.family import Part, PartConfig, Source
 from longlive_jax.convert.table import NameMismatch, Pending
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
+from longlive_jax.flow import TRAIN_STEPS
 from longlive_jax.text.umt5 import UMT5
 from longlive_jax.vae import build as vaes
 
@@ -26,6 +27,10 @@ DTYPES = {"keep": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 FORMATS = ("longlive", *export.FORMATS)
 PRESETS = (config.WAN21_T2V_1_3B, config.WAN21_T2V_14B, config.WAN22_TI2V_5B)
 _DECODERS = {"vae_light": "light", "vae_tae": "tae"}
+_PLAIN = (
+    "{path} is a Wan transformer without LongLive's generator or LoRA: made in {steps} steps, chunk"
+    " by chunk, its videos make no sense; add one with --from, or tune it"
+)
 # What shapes do not tell: taken over from a source that knows it.
 _UNSEEN = (
     *("heads", "text_len", "eps", "rope_theta", "rope_period"),
@@ -41,13 +46,17 @@ def convert(
     allow_missing: bool = False,
     dtype: str = "keep",
     ema: bool = False,
-) -> None:
+    steps: int | None = None,
+) -> tuple[str, ...]:
     """Makes one model of all that `paths` hold and writes it to the new folder `to`. Where several
     hold the same part, the last one's counts.
 
     layout: "longlive", "pytorch" (the original code's) or "diffusers". allow_missing: parameters
     that a checkpoint lacks are zero, and listed in the config. dtype: "keep", "bfloat16",
-    "float32". ema: LongLive's averaged generator.
+    "float32". ema: LongLive's averaged generator. steps: how many the transformer was distilled to,
+    if not to the family's number.
+
+    Returns: sentences that whoever asked should read.
 
     Raises:
       InputError: something is not as it should be; nothing has been written then.
@@ -57,7 +66,7 @@ def convert(
     parts, configs = combine(sources)
     if not parts:
         raise InputError("there is no model in what was given, only what goes with one")
-    cfg = assemble(sources, configs)
+    cfg = _stepped(assemble(sources, configs), steps, layout)
     pending, missing = {}, []
     for name, part in parts.items():
         pending[name], lacking = _plan(part, configs[name], allow_missing)
@@ -73,6 +82,21 @@ def convert(
         if layout != "longlive":
             export.write(ours, stage, layout)
             shutil.rmtree(ours)
+    dit = parts.get("dit")
+    plain = layout == "longlive" and dit is not None and dit.plain and adapter is None
+    return (_PLAIN.format(path=dit.path, steps=cfg.sampler.steps),) if plain else ()
+
+
+def _stepped(cfg: ModelConfig, steps: int | None, layout: str) -> ModelConfig:
+    """The config with another number of steps, evenly spaced."""
+    if steps is None:
+        return cfg
+    if layout != "longlive":
+        raise InputError(f"the {layout} format has no place for --steps")
+    if not 1 <= steps <= TRAIN_STEPS:
+        raise InputError(f"--steps must be from 1 to {TRAIN_STEPS}, not {steps}")
+    sampler = dataclasses.replace(cfg.sampler, steps=steps, timesteps=())
+    return dataclasses.replace(cfg, sampler=sampler)
 
 
 def combine(sources: Sequence[Source]) -> tuple[dict[str, Part], dict[str, PartConfig]]:

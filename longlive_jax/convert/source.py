@@ -56,6 +56,11 @@ _FROM_TORCH = {  # types that PyTorch does not hand to numpy itself
 _SAFETENSORS, _TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
 _LARGEST_HEADER = 100 << 20
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+ENGINE = (
+    "holds TransformerEngine's runtime form;"
+    " convert the merged bf16 file or the packed FourOverSix one"
+)
+_ENGINE_ONLY = ("_io.BytesIO", "transformer_engine")  # the state that its modules pickle
 # What `torch.load` has been seen to raise on files that are cut short or something else.
 _BROKEN = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -279,9 +284,12 @@ def _torch(path: pathlib.Path) -> Any:
             ) from error
         if found := re.search(r"GLOBAL (\S+)|(TorchScript)", str(error)):
             what = found[1] or found[2]
+            advice = (
+                f"it {ENGINE}" if what.startswith(_ENGINE_ONLY) else "save its state dict alone"
+            )
             raise InputError(
                 f'"{path}" holds more than tensors and numbers ({what}): nothing of it was run,'
-                " save its state dict alone"
+                f" {advice}"
             ) from error
         raise InputError(f'"{path}" is cut short, or no PyTorch checkpoint') from error
 

@@ -5,6 +5,7 @@ that diffusers gives them (`scripts/convert_wan_to_diffusers.py`): the layouts a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Container, Mapping
 
 from longlive_jax.config import DiTConfig
@@ -94,6 +95,13 @@ def _diffusers(name: str) -> str:
 
 _ANY = DiTConfig(dim=1, ffn_dim=1, heads=1, layers=1, channels=1, text_dim=1, text_len=512)
 _HEAD_WIDTH = 128  # of every published Wan transformer
+_IMAGE = {  # what only a transformer that is shown an image has
+    "wan": ("img_emb.proj.0.weight", "blocks.0.cross_attn.k_img.weight"),
+    "diffusers": (
+        "condition_embedder.image_embedder.norm1.weight",
+        "blocks.0.attn2.add_k_proj.weight",
+    ),
+}
 
 
 def infer(
@@ -103,12 +111,19 @@ def infer(
     "diffusers").
 
     hints: what a `config.json` says; only it can tell the number of heads where they are not
-    128 wide, and the text length. Raises KeyError where a name that every transformer has is
-    missing.
+    128 wide, and the text length.
+
+    Raises:
+      KeyError: a name that every transformer has is missing.
+      NotImplementedError: an image is among its inputs.
     """
     table = {"wan": rows, "diffusers": rows_diffusers}[layout](_ANY)
     name = {row.target: row.source.replace("{i}", "0") for row in table}
     dim, channels, *patch = shape(name["patch_embedding.kernel"])
+    outputs = shape(name["head.kernel"])[0]
+    # Wan's image lies in channels beside the noisy ones: more go in than come out.
+    if outputs < math.prod(patch) * channels or any(sign in found for sign in _IMAGE[layout]):
+        raise NotImplementedError("is an image-to-video model")
     layer = next(row.source for row in table if row.target == "blocks.modulation")
     layers = 0
     while layer.format(i=layers) in found:
