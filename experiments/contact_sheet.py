@@ -38,8 +38,9 @@ def main(_):
     model = longlive_jax.load(_MODEL.value)
     rows = []
     for prompt, events in VIDEOS:
-        chunks = model.stream(prompt, SECONDS, seed=3, steps=_STEPS.value, events=events)
-        frames = np.concatenate([chunk.frames for chunk in chunks])[EVERY // 2 :: EVERY]
+        session = model.session(prompt, seed=3, steps=_STEPS.value)
+        chunks = session.stream(SECONDS, events=events, lookahead=1)
+        frames = np.concatenate(list(chunks))[EVERY // 2 :: EVERY]
         rows.append(np.concatenate(list(np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)))), 1))
     sheet = np.concatenate(rows).repeat(SCALE, 0).repeat(SCALE, 1)
     with av.open(_OUTPUT.value, "w") as container:

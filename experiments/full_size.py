@@ -24,13 +24,12 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from longlive_jax import config, session, weights
+from longlive_jax import config, rollout, weights
 from longlive_jax.convert import wan_dit
 from longlive_jax.convert.export import wan_config
 from longlive_jax.convert.table import Pending
 from longlive_jax.dit.model import DiT
 from longlive_jax.sampler import make
-from longlive_jax.vae.build import build
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Needs twice the checkpoint's size.", required=True)
 _STAGE = flags.DEFINE_enum("stage", None, ["write", "convert", "run"], "One stage only.")
@@ -69,16 +68,17 @@ def run(folder: pathlib.Path) -> dict[str, float]:
     dit = weights.place(abstract(), weights.read(folder, "dit"), dtype=jnp.float32)
     loaded = time.time()
     cfg = dataclasses.replace(PRESET, height=_SIZE.value, width=_SIZE.value)
-    state = session.begin(cfg, build(config.WAN21_TAE, rngs=nnx.Rngs(0)), batch=1, seed=0)
+    memory = rollout.begin(cfg, [0])
     shape = (1, cfg.dit.text_len, cfg.dit.text_dim)
     read = jax.jit(lambda dit, text: dit.text_kv(text[:, None]))
     text = read(dit, jax.random.normal(jax.random.key(1), shape))
-    noise = session.noise(state, cfg.stream.chunk)
     settings = dict(stream=cfg.stream, solver=make(cfg.sampler))
-    state, latents = session.generate(dit, state, text, noise, **settings)
+    noise = rollout.noise(memory, cfg.stream.chunk)
+    memory, latents = rollout.generate(dit, memory, text, noise, **settings)
     finite = bool(jnp.isfinite(latents).all())
     first = time.time()
-    state, latents = session.generate(dit, state, text, session.noise(state, 3), **settings)
+    noise = rollout.noise(memory, cfg.stream.chunk)
+    memory, latents = rollout.generate(dit, memory, text, noise, **settings)
     jax.block_until_ready(latents)
     return {
         "load_s": loaded - start,

@@ -3,8 +3,11 @@
 import longlive_jax
 
 model = longlive_jax.load("tiny")
-for chunk in model.stream("a red circle moves left over a black background", seconds=10):
-    show(chunk.frames)  # uint8 [t, H, W, 3]
+session = model.session("a red circle moves left over a black background")
+chunk = session.next_chunk()  # uint8 [t, H, W, 3]
+session.switch("a blue circle moves left over a black background")
+for chunk in session.stream(seconds=10):
+    show(chunk)
 """
 
 from __future__ import annotations
@@ -15,14 +18,20 @@ from typing import Any
 from longlive_jax.version import __version__
 
 _HOMES = {
-    "Chunk": "longlive_jax.model",
+    "Batch": "longlive_jax.batch",
+    "Chunk": "longlive_jax.session",
     "Event": "longlive_jax.events",
     "InputError": "longlive_jax.errors",
     "Model": "longlive_jax.model",
+    "Receipt": "longlive_jax.session",
+    "Recache": "longlive_jax.config",
+    "Session": "longlive_jax.session",
+    "SessionError": "longlive_jax.errors",
     "load": "longlive_jax.model",
+    "restore": "longlive_jax.saved",
 }
 
-__all__ = ["Chunk", "Event", "InputError", "Model", "__version__", "load"]  # noqa: F822
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

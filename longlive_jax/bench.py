@@ -16,7 +16,7 @@ from rich.table import Table
 
 from longlive_jax import report, timeline
 from longlive_jax.events import Event
-from longlive_jax.video import VideoWriter
+from longlive_jax.video import BackgroundWriter
 
 PROMPTS = (
     "a red circle moves left over a black background",
@@ -37,28 +37,43 @@ class Mark:
 
 
 class Stopwatch:
-    """Follows one video from the first request until its file is closed."""
+    """Follows one video from the first request until its file is closed.
 
-    def __init__(self) -> None:
+    session: whose chunks they are; its `last` says what each was. events: the changes that it was
+    asked for.
+    """
+
+    def __init__(self, session: Any, events: Sequence[Event] = ()) -> None:
+        self.session = session
         self.marks: list[Mark] = []
         self.switches: list[report.Switch] = []
         self.size = (0, 0)
         self.closed = 0.0
+        self._start = session.frame
+        self._asked = sorted(events, key=lambda event: event.time_s)
 
-    def follow(self, stream: Iterable[Any], write: Callable[[np.ndarray], None]) -> Iterator[Any]:
+    def follow(
+        self, stream: Iterable[np.ndarray], write: Callable[[np.ndarray], None]
+    ) -> Iterator[np.ndarray]:
         """Passes chunks on, each already written, and notes the times."""
         asked = time.perf_counter()
-        for chunk in stream:
+        for frames in stream:
             ready = time.perf_counter()
             try:
-                write(chunk.frames)
+                write(frames)
             finally:  # Ctrl-C arrives at the end of a write: that chunk is in the file
                 written = time.perf_counter()
-                self.marks.append(Mark(len(chunk.frames), chunk.denoise_s, asked, ready, written))
-                self.size = chunk.frames.shape[1:3]
-                self.switches += chunk.applied
-            yield chunk
+                last = self.session.last
+                self.marks.append(Mark(len(frames), last.denoise_s, asked, ready, written))
+                self.size = frames.shape[1:3]
+                self.switches += [self._switch(receipt) for receipt in last.changes]
+            yield frames
             asked = time.perf_counter()
+
+    def _switch(self, receipt: Any) -> report.Switch:
+        event = self._asked[len(self.switches)]
+        applied = (receipt.frame - self._start) / self.session.model.config.fps
+        return report.Switch(receipt.prompt, event.time_s, applied)
 
     def close(self) -> None:
         """Call it when the file is complete: an encoder holds frames back until then."""
@@ -96,7 +111,7 @@ def own_warmup(chunks: int) -> int:
 
 
 def summarise(
-    videos: Sequence[Stopwatch], warmup: int, *, fps: int, compile_s: float, seed: int, steps: int
+    videos: Sequence[Stopwatch], warmup: int, *, compile_s: float, seed: int
 ) -> report.Report:
     """The report of videos of the same length, leaving out the first `warmup` chunks of each."""
     marks = [mark for video in videos for mark in video.marks[warmup:]]
@@ -104,11 +119,12 @@ def summarise(
     latencies = [mark.ready - mark.asked for mark in marks]
     first = [video.marks[0].ready - video.marks[0].asked for video in videos]
     height, width = videos[0].size
+    session = videos[0].session
     return report.Report(
         frames=sum(mark.frames for mark in videos[0].marks),
         width=width,
         height=height,
-        fps=fps,
+        fps=session.model.config.fps,
         denoise_fps=frames / max(sum(mark.denoise_s for mark in marks), 1e-9),
         end_to_end_fps=frames / sum(video.seconds(warmup) for video in videos),
         time_to_first_chunk_s=float(np.median(first)),
@@ -120,7 +136,7 @@ def summarise(
         device=report.device_name(),
         versions=report.versions(),
         seed=seed,
-        steps=steps,
+        steps=len(session.solver.steps),
         warmup_chunks=warmup,
     )
 
@@ -138,13 +154,13 @@ def run(model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None
     chunk_s = model.config.frames_per_chunk / model.config.fps
 
     def video(number: int, seconds: float) -> Stopwatch:
-        watch = Stopwatch()
         half = Event(timeline.middle(model.config, seconds), "switch", PROMPTS[1])
-        stream = model.stream(
-            PROMPTS[0], seconds=seconds, seed=seed + number, steps=steps, events=(half,)
-        )
+        session = model.session(PROMPTS[0], seed=seed + number, steps=steps).prepare(half.mode)
+        watch = Stopwatch(session, (half,))
+        stream = session.stream(seconds, events=(half,), lookahead=1)
         with tempfile.TemporaryDirectory() as folder:
-            with VideoWriter(pathlib.Path(folder) / "bench.mp4", model.config.fps) as writer:
+            path = pathlib.Path(folder) / "bench.mp4"
+            with BackgroundWriter(path, model.config.fps) as writer:
                 for _ in watch.follow(stream, writer.write):
                     pass
             watch.close()
@@ -153,14 +169,7 @@ def run(model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None
     with CompileClock() as clock:
         warmup = video(0, min(seconds, (2 * WARMUP_CHUNKS) * chunk_s))
         measured = [video(number, seconds) for number in range(repeat)]
-    summary = summarise(
-        measured,
-        0,
-        fps=model.config.fps,
-        compile_s=clock.seconds,
-        seed=seed,
-        steps=steps or model.config.sampler.steps,
-    )
+    summary = summarise(measured, 0, compile_s=clock.seconds, seed=seed)
     return dataclasses.replace(summary, warmup_chunks=len(warmup.marks))
 
 

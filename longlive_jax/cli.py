@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from longlive_jax import cache_dir
+from longlive_jax.config import Recache
 from longlive_jax.errors import InputError
 from longlive_jax.version import __version__
 
@@ -61,7 +62,7 @@ def check_file(flag: str, path: str | None) -> None:
 def define_generate(values: flags.FlagValues) -> None:
     """Flags of `longlive generate`."""
     flags.DEFINE_string("prompt", "", "what to show", flag_values=values)
-    flags.DEFINE_float("seconds", 10.0, "length of the video", flag_values=values)
+    flags.DEFINE_float("seconds", None, "length of the video; by default 10", flag_values=values)
     flags.DEFINE_string("output", "out.mp4", "the video file to write", flag_values=values)
     flags.DEFINE_multi_string(
         "at", [], '"5: a new prompt" changes the prompt at 5 s', flag_values=values
@@ -69,6 +70,38 @@ def define_generate(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "cut", [], '"8: a new scene" cuts to a new shot at 8 s', flag_values=values
     )
+    flags.DEFINE_enum(
+        "recache",
+        None,
+        [*Recache.FORMS, "keep", "reset"],
+        "what --at does to the memory: re-read it, in one of two forms, keep it, or empty it",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "sinks",
+        None,
+        list(Recache.SINKS),
+        "the sinks of a re-read memory: the video's first frames read anew, those kept as they"
+        " are, or the window's first frames",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "rope",
+        None,
+        ["absolute", "relative"],
+        "positions of frames: in the video, or among those in memory",
+        flag_values=values,
+    )
+    flags.DEFINE_string("image", None, "a picture that the video begins with", flag_values=values)
+    flags.DEFINE_string("video", None, "a clip that the video continues", flag_values=values)
+    flags.DEFINE_string(
+        "script",
+        None,
+        "a story.json, or LongLive's prompt files: .txt, .jsonl, a folder of captions",
+        flag_values=values,
+    )
+    flags.DEFINE_string("resume", None, "a saved session to continue", flag_values=values)
+    flags.DEFINE_string("save-session", None, "where to save the session", flag_values=values)
     define_model(values)
 
 
@@ -153,21 +186,41 @@ def run_generate(values: flags.FlagValues, load: Load) -> None:
 
     changes = [events.parse("switch", text) for text in values.at]
     changes += [events.parse("cut", text) for text in values.cut]
+    if values.recache in events.MODES:
+        changes = [dataclasses.replace(change, mode=values.recache) for change in changes]
     request = Request(
         prompt=values.prompt,
         seconds=values.seconds,
         output=pathlib.Path(values.output),
         events=tuple(changes),
-        seed=values.seed,
+        seed=values["seed"].value if values["seed"].present else None,
         steps=values.steps,
         model=values.model,
         json=report_path(values),
+        image=path_of(values.image),
+        video=path_of(values.video),
+        script=path_of(values.script),
+        stream=stream_choices(values),
+        resume=path_of(values.resume),
+        save=path_of(values["save-session"].value),
     )
-    request = request.check()
+    drafts = request.check()
 
     from longlive_jax import generate  # imports JAX
 
-    generate.run(request, choosing(load, values))
+    generate.run(request, drafts, choosing(load, values))
+
+
+def stream_choices(values: flags.FlagValues) -> tuple[tuple[str, Any], ...]:
+    """What the flags put in the place of values of the model's `StreamConfig`."""
+    chosen = {"form": values.recache, "sinks": values.sinks}
+    chosen = {k: v for k, v in chosen.items() if v in (*Recache.FORMS, *Recache.SINKS)}
+    rope = {} if values.rope is None else {"rope": values.rope}
+    return tuple((rope | ({"recache": Recache(**chosen)} if chosen else {})).items())
+
+
+def path_of(value: str | None) -> pathlib.Path | None:
+    return None if value is None else pathlib.Path(value)
 
 
 def run_bench(values: flags.FlagValues, load: Load) -> None:
@@ -305,7 +358,7 @@ def run_convert(values: flags.FlagValues, load: Load) -> None:
 
 def report_path(values: flags.FlagValues) -> pathlib.Path | None:
     """Where `--json` points."""
-    return None if values.json is None else pathlib.Path(values.json)
+    return path_of(values.json)
 
 
 COMMANDS = {

@@ -174,27 +174,59 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recache:
+    """How the window is re-read under a new prompt (LongLive 1.0 section 3.1).
+
+    form: "causal": a chunk sees itself and what came before it, as when it was made;
+    "bidirectional": all frames see each other, as in the released code. sinks: "first": the sinks
+    are the same frames, re-read too; "keep": they stay as the old prompt left them (`global_sink:
+    true` in the released code); "window": the oldest frames of the window take their place
+    (`global_sink: false`).
+    """
+
+    form: str = "causal"
+    sinks: str = "first"
+
+    FORMS = ("causal", "bidirectional")
+    SINKS = ("first", "keep", "window")
+
+    def __post_init__(self):
+        for name, choices in (("form", self.FORMS), ("sinks", self.SINKS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}: choose {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class StreamConfig:
     """How a video is cut into chunks, and what a chunk may attend. All lengths in latent frames."""
 
     chunk: int
     window: int  # attended frames, the current chunk and the sinks included
-    sink: int
-    shot_offset: int = 8  # added to temporal RoPE positions at every cut (LongLive 2.0 section 4.2)
+    sink: int  # first frames of the video, always attended
+    shot_sink: int = 0  # first frames of the current shot, the same (LongLive 2.0 section 4.2)
+    shot_offset: int = 8  # added to temporal RoPE positions at every cut (ibid.)
+    # Positions: of the frame in the video, or its rank in time among what is attended.
+    rope: str = "absolute"
+    time_scale: float = 1.0  # of temporal positions
+    clean_recache: bool = False  # a cut's first clean pass sees the global sink and itself only
+    recache: Recache = Recache()
 
     def __post_init__(self):
-        if self.chunk + self.sink > self.window:
+        sinks = self.sink + self.shot_sink
+        if self.chunk + sinks > self.window:
             raise ValueError(
                 f"a window of {self.window} has no room for a chunk of {self.chunk}"
-                f" beside a sink of {self.sink}"
+                f" beside {'a sink' if not self.shot_sink else 'sinks'} of {sinks}"
             )
+        if self.rope not in ("absolute", "relative"):
+            raise ValueError(f"rope {self.rope!r}: choose absolute or relative")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """How one chunk is denoised (`sampler.make`)."""
 
-    solver: str  # "unipc" (LongLive 2.0), "renoise" (LongLive 1.0) or "euler"
+    solver: str  # "unipc" (LongLive 2.0), "renoise" (LongLive 1.0), "dpmpp" or "euler"
     steps: int
     shift: float
     guidance: float = 1.0
@@ -268,7 +300,10 @@ def from_json(data: dict) -> ModelConfig:
     """
     parts = dict(dit=DiTConfig, vae=VAEConfig, text=TextConfig, stream=StreamConfig)
     parts |= dict(sampler=SamplerConfig)
-    made = {name: kind(**_tuples(data[name])) for name, kind in parts.items()}
+    given = {name: _tuples(data[name]) for name in parts}
+    if "recache" in given["stream"]:
+        given["stream"]["recache"] = Recache(**given["stream"]["recache"])
+    made = {name: kind(**given[name]) for name, kind in parts.items()}
     decoders = _tuples(data.get("decoders", {}))
     made["decoders"] = tuple(
         (name, _DECODERS[part.pop("kind")](**part)) for name, part in decoders.items()
@@ -343,7 +378,7 @@ WAN22_TI2V_5B = ModelConfig(
     ),
     vae=WAN22_VAE,
     text=UMT5_XXL,
-    stream=StreamConfig(chunk=8, window=32, sink=8),
+    stream=StreamConfig(chunk=8, window=32, sink=8, shot_sink=8),
     sampler=SamplerConfig(solver="unipc", steps=4, shift=5.0),
     height=704,
     width=1280,

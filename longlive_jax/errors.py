@@ -1,5 +1,9 @@
-"""The one error that is the caller's to put right."""
+"""The errors that are the caller's to put right."""
 
 
 class InputError(ValueError):
     """What was asked for cannot be done; the message is one clear sentence for who asked."""
+
+
+class SessionError(InputError):
+    """What was asked of a session cannot be done now; the session is as it was before."""

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from longlive_jax.errors import InputError
 
+MODES = ("recache", "keep", "reset")
+CUT_PREFIX = "The scene transitions. "  # before the prompt of a new shot; LongLive 2.0 section 4.2
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -16,6 +19,7 @@ class Event:
     time_s: float | int
     kind: str  # "switch" keeps the shot, "cut" starts a new one
     prompt: str
+    mode: str = "recache"  # of a switch: what becomes of the memory; one of `MODES`
 
 
 def parse(kind: str, text: str) -> Event:

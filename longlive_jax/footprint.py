@@ -1,7 +1,7 @@
 """What generation keeps in a device's memory, from the shapes of the real modules and caches.
 
 Nothing is allocated and no number of a model is written down here: parameters and state come from
-`jax.eval_shape`, activations from the programs that `model.Model.stream` runs, traced. Everything
+`jax.eval_shape`, activations from the programs that `session.Session` runs, traced. Everything
 is counted in bfloat16, the type in which a model is loaded on an accelerator.
 """
 
@@ -21,13 +21,14 @@ from jax.experimental import topologies
 from jax.extend.core import Var
 from jax.sharding import SingleDeviceSharding
 
-from longlive_jax import sampler, session, weights
+from longlive_jax import rollout, sampler, weights
 from longlive_jax.config import ModelConfig
 from longlive_jax.dit import cache as slots
 from longlive_jax.dit.model import DiT
 from longlive_jax.gpus import GPU
 from longlive_jax.text.umt5 import UMT5, encode
 from longlive_jax.vae.build import build
+from longlive_jax.vae.vae import VAECarry, init_carry
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 PROGRAMS = ("text", "denoise", "decode", "switch")
@@ -90,8 +91,12 @@ def flat(make: Callable[..., Any], *arguments: Any) -> tuple[list, Any]:
 
 @functools.cache
 def begun(cfg: ModelConfig) -> tuple[list, Any]:
-    """The session of one video, flat."""
-    return flat(lambda vae: session.begin(cfg, vae, 1, 0, jnp.bfloat16), vae(cfg))
+    """The memory of one video and the VAE's carry, flat."""
+    return flat(lambda vae: _state(cfg, vae), vae(cfg))
+
+
+def _state(cfg: ModelConfig, vae: Any) -> tuple[rollout.Rollout, VAECarry]:
+    return rollout.begin(cfg, [0], jnp.bfloat16), init_carry(vae, 1, cfg.height, cfg.width)
 
 
 @functools.cache
@@ -99,8 +104,8 @@ def kept(cfg: ModelConfig) -> dict[str, int]:
     """Bytes of what a session holds beside its cache."""
 
     def parts(vae):
-        state = session.begin(cfg, vae, 1, 0, jnp.bfloat16)
-        return {"held": state.held, "carry": jax.tree.leaves(state.carry)}
+        memory, carry = _state(cfg, vae)
+        return {"held": memory.held.latents, "carry": jax.tree.leaves(carry)}
 
     return {name: nbytes(part) for name, part in jax.eval_shape(parts, vae(cfg)).items()}
 
@@ -134,9 +139,9 @@ def programs(cfg: ModelConfig, sharding: Any = None) -> dict[str, tuple[Any, tup
     """Every program that runs while a video is made: the function, and its arguments by shape.
     "switch" is the recache of a change of prompt.
     """
-    (state, session_of), (text, text_of) = begun(cfg), text_kv(cfg)
-    whole, prompt = session_of.unflatten, text_of.unflatten
-    noise = jax.eval_shape(lambda s: session.noise(whole(s), cfg.stream.chunk), state)
+    (state, state_of), (text, text_of) = begun(cfg), text_kv(cfg)
+    whole, prompt = state_of.unflatten, text_of.unflatten
+    noise = jax.eval_shape(lambda s: rollout.noise(whole(s)[0], cfg.stream.chunk), state)
     rows = (cfg.sampler.branches, cfg.dit.text_len)
     ids, mask = (jax.ShapeDtypeStruct(rows, kind) for kind in (jnp.int32, jnp.bool_))
     which = jax.ShapeDtypeStruct((1,), jnp.bool_)
@@ -147,14 +152,19 @@ def programs(cfg: ModelConfig, sharding: Any = None) -> dict[str, tuple[Any, tup
     }
 
     def denoise(state, dit, text, noise):
-        return jax.tree.leaves(session.generate(dit, whole(state), prompt(text), noise, **static))
+        memory, carry = whole(state)
+        return jax.tree.leaves(
+            (rollout.generate(dit, memory, prompt(text), noise, **static), carry)
+        )
 
     def decode(state, vae, latents):
-        return jax.tree.leaves(session.decode(vae, whole(state), latents, first=False))
+        memory, carry = whole(state)
+        return jax.tree.leaves((memory, rollout.decode(vae, carry, latents, first=False)))
 
     def switch(state, dit, text, rows):
-        made = session.recache(dit, whole(state), prompt(text), rows, stream=cfg.stream)
-        return jax.tree.leaves(made)
+        memory, carry = whole(state)
+        how = dict(stream=cfg.stream, how=cfg.stream.recache)
+        return jax.tree.leaves((rollout.recache(dit, memory, prompt(text), rows, **how), carry))
 
     found = {
         "text": (jax.jit(encode), (text_encoder(cfg), ids, mask)),

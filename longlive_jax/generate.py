@@ -1,8 +1,10 @@
-"""`longlive generate`: prompts in, a video file out."""
+"""`longlive generate`: prompts in, video files out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,15 +13,20 @@ from rich.table import Column
 
 from longlive_jax import bench, output, timeline
 from longlive_jax.errors import InputError
+from longlive_jax.events import Event
 from longlive_jax.report import Report
 from longlive_jax.request import Request
-from longlive_jax.video import VideoWriter
+from longlive_jax.story import Draft, Story
+from longlive_jax.story import outputs as names
+from longlive_jax.video import BackgroundWriter
+
+Load = Callable[..., Any]
 
 
-def check_timeline(request: Request, model: Any) -> None:
+def check_timeline(story: Story, model: Any) -> None:
     """Raises `InputError` for a change of prompt that no chunk is left to show."""
-    last = timeline.last_start(model.config, request.seconds)
-    for event in request.events:
+    last = timeline.last_start(model.config, story.seconds)
+    for event in story.events:
         if event.time_s > last:
             raise InputError(
                 f'"{event.prompt}" at {event.time_s:g} s comes too late:'
@@ -27,31 +34,66 @@ def check_timeline(request: Request, model: Any) -> None:
             )
 
 
-def run(request: Request, load: Callable[[str], Any]) -> None:
-    """Makes the video. On Ctrl-C what is there becomes the video, and `KeyboardInterrupt` goes on.
+def run(request: Request, drafts: Sequence[Draft], load: Load) -> None:
+    """Makes the videos. On Ctrl-C what is there becomes the video, and `KeyboardInterrupt` goes on.
 
     Args:
       request: Already checked.
+      drafts: What `Request.check` made of it.
       load: Makes a model of its name.
 
     Raises:
       InputError: the model cannot do it, or there is no room for the results.
     """
     console = Console(stderr=True, highlight=False)
+    with console.status("loading the model"):
+        model, session = _loaded(request, load)
+    stories = [draft.place(model.config, request.seconds) for draft in drafts]
+    for story in stories:
+        check_timeline(story, model)
+    reports = request.json and _beside(request.json, len(stories))
+    for i, (story, path) in enumerate(zip(stories, request.outputs(len(stories)), strict=True)):
+        job = dataclasses.replace(request, output=path, json=reports and reports[i])
+        _make(job, story, session or _begun(job, story, model), console)
+
+
+def _loaded(request: Request, load: Load) -> tuple[Any, Any]:
+    """The model, and the session if one is to be continued."""
+    if request.resume is None:
+        return load(request.model).streaming(**dict(request.stream)), None
+    from longlive_jax import saved
+
+    origin = saved.origin(request.resume)
+    model = load(origin.name, **saved.choices(origin)).streaming(**dict(request.stream))
+    return model, saved.restore(request.resume, model=model)
+
+
+def _begun(request: Request, story: Story, model: Any) -> Any:
+    seeds = (request.seed, story.seed, 0)
+    return model.session(
+        story.prompt,
+        seed=next(seed for seed in seeds if seed is not None),
+        steps=request.steps,
+        image=story.image,
+        video=story.video,
+    )
+
+
+def _beside(path: pathlib.Path, count: int) -> list[pathlib.Path]:
+    return [path] * count if path == output.STDOUT else names(path, count)
+
+
+def _make(request: Request, story: Story, session: Any, console: Console) -> None:
+    """One video of one session, its report, and the session to go on from."""
+    config, events = session.model.config, story.events
+    for note in filter(None, session.notes):
+        console.print(note, markup=False, soft_wrap=True)
+    chunks = timeline.chunk_count(config, story.seconds)
     with bench.CompileClock() as clock:
-        with console.status("loading the model"):
-            model = load(request.model)
-        check_timeline(request, model)
-        stream = model.stream(
-            request.prompt,
-            seconds=request.seconds,
-            seed=request.seed,
-            steps=request.steps,
-            events=request.events,
-        )
-        chunks = timeline.chunk_count(model.config, request.seconds)
-        watch = bench.Stopwatch()
-        writer = VideoWriter(request.output, model.config.fps)
+        session.prepare(*_modes(events))
+        watch = bench.Stopwatch(session, events)
+        writer = BackgroundWriter(request.output, config.fps)
+        stream = session.stream(story.seconds, events=events, lookahead=1)
         try:
             with writer:
                 for _ in _shown(watch, watch.follow(stream, writer.write), chunks, console):
@@ -62,13 +104,17 @@ def run(request: Request, load: Callable[[str], Any]) -> None:
                 summary = bench.summarise(
                     [watch],
                     bench.own_warmup(len(watch.marks)),
-                    fps=model.config.fps,
                     compile_s=clock.seconds,
-                    seed=request.seed,
-                    steps=request.steps or model.config.sampler.steps,
+                    seed=session.seed,
                 )
-                _say(summary, timeline.frame_count(model.config, request.seconds), request, console)
+                _say(summary, timeline.frame_count(config, story.seconds), request, console)
                 output.write_report(request.json, summary.to_json())
+                if request.save:
+                    session.save(request.save)
+
+
+def _modes(events: Sequence[Event]) -> set[str]:
+    return {event.mode for event in events if event.kind == "switch"}
 
 
 def _say(summary: Report, wanted: int, request: Request, console: Console) -> None:
@@ -93,6 +139,7 @@ def _shown(
         for number, chunk in enumerate(stream, 1):
             mark = watch.marks[-1]
             speed = mark.frames / (mark.written - mark.asked)
-            state = f"chunk {number}/{chunks}  {speed:.1f} FPS  {chunk.prompt}"
+            prompt = watch.session.last.prompt
+            state = f"chunk {number}/{chunks}  {speed:.1f} FPS  {prompt}"
             progress.update(task, advance=1, description=state)
             yield chunk

@@ -1,29 +1,28 @@
-"""A whole text-to-video system: its weights, where they come from, and the loop that plays them."""
+"""A whole text-to-video system: its weights, and where they come from."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Bool, UInt8
 
-from longlive_jax import config, sampler, session, timeline, weights
+from longlive_jax import config, opening, sampler, weights
 from longlive_jax import lora as loras
 from longlive_jax.config import ModelConfig, TAEConfig, VAEConfig
 from longlive_jax.convert.table import NameMismatch
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.errors import InputError
-from longlive_jax.events import Event, in_order
-from longlive_jax.report import Switch
+from longlive_jax.opening import Pixels
+from longlive_jax.session import Session
 from longlive_jax.text import tokenizer
 from longlive_jax.text.encoder import TextEncoder
 from longlive_jax.text.umt5 import UMT5
@@ -31,7 +30,6 @@ from longlive_jax.vae import build as vaes
 from longlive_jax.vae.tae import TAE
 from longlive_jax.vae.vae import VAE
 
-CUT_PREFIX = "The scene transitions. "  # LongLive 2.0 section 4.2
 SHIPPED = pathlib.Path(__file__).parent / "models"
 PARTS = ("dit", "text", "vae")
 # Where a parameter goes, of its part, path and shape.
@@ -43,14 +41,12 @@ _WORDS |= {"vae_light": "light VAE", "vae_tae": "TAEHV decoder"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A piece of video as it comes."""
+class Origin:
+    """What `load` was asked for."""
 
-    index: int
-    frames: UInt8[np.ndarray, "t H W 3"]
-    prompt: str  # in force
-    denoise_s: float  # seconds until the latents were there
-    applied: tuple[Switch, ...]  # changes that begin here
+    name: str
+    vae: str = "full"
+    lora: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +59,48 @@ class Model:
     dit: DiT
     vae: VAE | TAE
     text: TextEncoder
+    origin: Origin
+
+    def session(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        image: Pixels | None = None,
+        video: Pixels | None = None,
+        history: int = 0,
+        vae_device: jax.Device | None = None,
+    ) -> Session:
+        """Begins a video.
+
+        Args:
+          seed: The same seed and the same changes make the same video.
+          steps: Denoising steps; None is the model's own number.
+          image: What the video begins with: a file, or uint8 [H, W, 3]. Its latent is held clean.
+          video: A clip that it continues: a file, or uint8 [t, H, W, 3] at the model's FPS.
+          history: Chunks that `Session.rewind` can take back.
+          vae_device: Where chunks are decoded, while the next ones are denoised on the model's
+            device.
+
+        Raises:
+          InputError: the prompt is empty, or a picture cannot be read or is too short.
+        """
+        begin = functools.partial(opening.begin, self, prompt, seed=seed, steps=steps)
+        return begin(image=image, video=video, history=history, vae_device=vae_device)
+
+    def streaming(self, **changes: Any) -> Model:
+        """The same weights with other values in `config.stream`, such as `rope="relative"` or
+        `recache=Recache(sinks="keep")`.
+
+        Raises:
+          InputError: there is no such value, or the values do not go together.
+        """
+        try:
+            stream = dataclasses.replace(self.config.stream, **changes)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, stream=stream))
 
     def prompt_kv(self, prompts: Sequence[str]) -> TextKV:
         """Cross-attention keys and values of one prompt per video, the unconditional rows after
@@ -72,90 +110,24 @@ class Model:
         rows = [*prompts, *[""] * len(prompts) * (branches - 1)]
         return _text_kv(self.dit, self.text(rows))
 
-    def stream(
-        self,
-        prompt: str,
-        seconds: float | int = 10,
-        *,
-        seed: int = 0,
-        steps: int | None = None,
-        events: Sequence[Event] = (),
-    ) -> Iterator[Chunk]:
-        """Makes a video chunk by chunk; together the chunks have exactly round(seconds * fps)
-        frames.
-
-        An event applies at the first chunk whose first frame is at or after its time. A "switch"
-        re-reads the window under the new prompt (recache); a "cut" starts a new shot, with
-        `CUT_PREFIX` before the prompt.
-
-        Raises:
-          InputError: the prompt is empty, or the length or an event makes no sense.
-        """
-        if not prompt.strip():
-            raise InputError("the prompt is empty")
-        events = in_order(events, seconds)
-        total = timeline.frame_count(self.config, seconds)
-        starts = [0, *timeline.chunk_starts(self.config, total)]
-        return self._play(prompt, starts, total, seed, self.solver(steps), list(events))
-
     def solver(self, steps: int | None = None) -> sampler.Solver:
         """The config's solver, with its own number of steps or another."""
         cfg = self.config.sampler
         return sampler.make(cfg if steps is None else dataclasses.replace(cfg, steps=steps))
 
-    def _play(self, prompt, starts, total, seed, solver, events) -> Iterator[Chunk]:
-        cfg = self.config
-        text = self.prompt_kv([prompt])
-        state = session.begin(cfg, self.vae, batch=1, seed=seed, dtype=text.k.dtype)
-        nobody = np.zeros(1, bool)
-        for kind in {event.kind for event in events}:  # compiled now, not while the video plays
-            state, _ = self.change(state, kind, [prompt], nobody)
-        for index, first in enumerate(starts):
-            applied = []
-            while events and events[0].time_s * cfg.fps <= first:
-                event = events.pop(0)
-                prompt = event.prompt
-                whole = CUT_PREFIX + prompt if event.kind == "cut" else prompt
-                state, text = self.change(state, event.kind, [whole])
-                applied.append(Switch(prompt, event.time_s, first / cfg.fps))
-            start = time.perf_counter()
-            state, latents = self.next_latents(state, text, solver)
-            jax.block_until_ready(latents)
-            spent = time.perf_counter() - start
-            state, pixels = session.decode(self.vae, state, latents, first=index == 0)
-            frames = np.asarray(pixels)[0, : total - first]
-            yield Chunk(index, frames, prompt, spent, tuple(applied))
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for models of the same config, with the same weights in the same types."""
+        digest = hashlib.sha256(json.dumps(config.to_json(self.config)).encode())
+        for x in jax.device_get(_excerpts((self.dit, self.vae, self.text.umt5))):
+            digest.update(f"{x.dtype}".encode() + x.tobytes())
+        return digest.hexdigest()[:16]
 
-    def next_latents(self, state: session.Session, text: TextKV, solver: sampler.Solver):
-        """The next chunk's latents, and the session that remembers them."""
-        noise = session.noise(state, self.config.stream.chunk)
-        return session.generate(
-            self.dit,
-            state,
-            text,
-            noise,
-            stream=self.config.stream,
-            solver=solver,
-            guidance=self.config.sampler.guidance,
-        )
 
-    def change(
-        self,
-        state: session.Session,
-        kind: str,
-        prompts: Sequence[str],
-        rows: Bool[np.ndarray, " b"] | None = None,
-    ) -> tuple[session.Session, TextKV]:
-        """Puts prompts in force from the next chunk on, by a "switch" or a "cut".
-
-        prompts: of every video, whole. rows: the videos that change; the others keep their memory.
-        None is all.
-        """
-        text = self.prompt_kv(prompts)
-        rows = jnp.asarray(np.ones(len(prompts), bool) if rows is None else rows)
-        if kind == "cut":
-            return dataclasses.replace(state, shot=state.shot + rows.astype(jnp.int32)), text
-        return session.recache(self.dit, state, text, rows, stream=self.config.stream), text
+@jax.jit
+def _excerpts(weights: Any) -> list[jax.Array]:
+    """A row from the middle of every parameter: training and merging change all of them."""
+    return [x[tuple(n // 2 for n in x.shape[:-1])] for x in jax.tree.leaves(weights)]
 
 
 @jax.jit
@@ -214,7 +186,8 @@ def load(
         adapter = jax.tree.map(lambda x: jnp.array(x, dtype), adapter)
         parts["dit"] = loras.apply(parts["dit"], adapter)
     text = TextEncoder(parts["text"], words, cfg.dit.text_len)
-    return Model(cfg, parts["dit"], parts["vae"], text)
+    origin = Origin(str(name), vae, None if lora is None else str(lora))
+    return Model(cfg, parts["dit"], parts["vae"], text, origin)
 
 
 def _config(folder: pathlib.Path) -> ModelConfig:

@@ -5,41 +5,83 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
-from longlive_jax import output
+from longlive_jax import output, story
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
+from longlive_jax.story import Draft, Story
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to make and where to put it."""
 
-    prompt: str
-    seconds: float
-    output: pathlib.Path
-    events: tuple[Event, ...]
-    seed: int
-    steps: int | None  # None is the model's own number
-    model: str  # "tiny", or a folder
-    json: pathlib.Path | None  # "-" is standard output
+    prompt: str = ""
+    seconds: float | None = None  # None is what the script says, or 10
+    output: pathlib.Path = pathlib.Path("out.mp4")
+    events: tuple[Event, ...] = ()
+    seed: int | None = None  # None is what the script says, or 0
+    steps: int | None = None  # None is the model's own number
+    model: str = "tiny"  # or a folder
+    json: pathlib.Path | None = None  # "-" is standard output
+    image: pathlib.Path | None = None  # what the video begins with
+    video: pathlib.Path | None = None  # what it continues
+    script: pathlib.Path | None = None  # stories in place of prompt and events
+    stream: tuple[tuple[str, Any], ...] = ()  # values in place of the model's `config.stream`
+    resume: pathlib.Path | None = None  # a saved session to continue
+    save: pathlib.Path | None = None  # where to save the session at the end
 
-    def check(self) -> Request:
-        """Itself with the events in order, if it can be done as far as can be told without a model.
+    def check(self) -> list[Draft]:
+        """The videos to make, if it can be done as far as can be told without a model.
 
         Raises:
           InputError: what is wrong with it.
         """
-        if not self.prompt.strip():
+        if self.seconds is not None:
+            check_seconds(self.seconds)
+        if self.resume is None:
+            check_model(self.model)
+        elif not (self.resume / "session.json").is_file():
+            raise InputError(f"there is no session in {self.resume}")
+        drafts = self._scripted() if self.script else [self._told()]
+        if self.save and len(drafts) > 1:
+            raise InputError(f"{self.script} has {len(drafts)} videos: one session can be saved")
+        for path in self.outputs(len(drafts)):
+            output.check_video(path)
+        output.check_report(self.json)
+        return drafts
+
+    def outputs(self, count: int) -> list[pathlib.Path]:
+        """The file of each video."""
+        return story.outputs(self.output, count)
+
+    def _told(self) -> Draft:
+        seconds = story.SECONDS if self.seconds is None else self.seconds
+        prompt, events = self.prompt.strip(), self.events
+        if self.resume:
+            if self.image or self.video or self.seed is not None:
+                raise InputError("a saved session has its seed and its beginning: leave them out")
+            events = (*((Event(0.0, "switch", prompt),) if prompt else ()), *events)
+        elif not prompt:
             raise InputError(
                 'the prompt is empty; say what to make: --prompt "a red circle moves left"'
             )
-        check_seconds(self.seconds)
-        events = in_order(self.events, self.seconds)
-        check_model(self.model)
-        output.check_video(self.output)
-        output.check_report(self.json)
-        return dataclasses.replace(self, prompt=self.prompt.strip(), events=events)
+        for path in filter(None, (self.image, self.video)):
+            if not path.is_file():
+                raise InputError(f"there is no file {path}")
+        if self.image and self.video:
+            raise InputError("a video begins with an image or continues a clip, not both")
+        events = in_order(events, seconds)
+        return Story(prompt, seconds, events, self.seed, self.image, self.video)
+
+    def _scripted(self) -> list[Draft]:
+        told = {"--prompt": self.prompt, "--at or --cut": self.events, "--image": self.image}
+        told |= {"--video": self.video, "--resume": self.resume}
+        for flag, value in told.items():
+            if value:
+                raise InputError(f"{flag} is told by --script {self.script}: leave one of them out")
+        return story.read(self.script)
 
 
 def check_model(model: str) -> None:

@@ -22,6 +22,13 @@ def frame_count(config: ModelConfig, seconds: float | int) -> int:
     return round(frames)
 
 
+def first_frame(config: ModelConfig, latent: int) -> int:
+    """Index of the first frame that a latent frame decodes to: the video's first latent frame is
+    one frame, every other one `time_stride`.
+    """
+    return max(0, latent * config.vae.time_stride - (config.vae.time_stride - 1))
+
+
 def chunk_starts(config: ModelConfig, frames: int) -> range:
     """Index of the first frame of every chunk but the first, which starts at 0.
 

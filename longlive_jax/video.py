@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import queue
 import signal
 import threading
 from collections.abc import Iterator
@@ -102,6 +103,83 @@ class VideoWriter:
         except BaseException:
             self._failed = True
             raise
+
+
+class BackgroundWriter:
+    """A `VideoWriter` whose encoding runs in a thread, while the next frames are being made.
+
+    Used as a context in the same way. Up to `depth` calls' frames wait in memory, beside those
+    being encoded; a `write` beyond that waits for room. What goes wrong in the thread is raised by
+    the next `write`, or by leaving the context. Leaving it waits until all that was written is in
+    the file and the thread has ended. Ctrl-C is held back meanwhile, and during a `write`: frames
+    that a `write` was given are all in the file.
+
+    Args:
+      path: As for `VideoWriter`; so are `fps` and `crf`.
+      depth: How many calls' frames may wait.
+
+    Raises:
+      InputError: the file cannot be written (folder, permission, no space), at any time.
+    """
+
+    def __init__(self, path: pathlib.Path, fps: int, crf: int = 16, depth: int = 2):
+        self._writer = VideoWriter(path, fps, crf)
+        self._waiting: queue.Queue[np.ndarray | None] = queue.Queue(depth)  # None is the end
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self._writer.path
+
+    @property
+    def frames(self) -> int:
+        """How many are encoded by now; all of them once the context is left."""
+        return self._writer.frames
+
+    @property
+    def complete(self) -> bool:
+        return self._writer.complete
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def write(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
+        """Hands frames over, as for `VideoWriter.write`; they must not be changed afterwards."""
+        with _uninterrupted():
+            # No earlier, where Ctrl-C could come between the start and the context that ends it.
+            if self._thread is None:
+                thread = threading.Thread(target=self._encode, name="video", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._waiting.put(frames)
+        self._check()
+
+    def close(self) -> None:
+        """Waits for the thread, then does what `VideoWriter.close` does."""
+        with _uninterrupted():
+            if self._thread is not None:
+                self._waiting.put(None)
+                self._thread.join()
+                self._thread = None
+            self._writer.close()
+        self._check()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _encode(self) -> None:
+        while (frames := self._waiting.get()) is not None:
+            # After a failure frames are taken and dropped, or a `write` would wait for ever.
+            if self._failure is None:
+                try:
+                    self._writer.write(frames)
+                except BaseException as error:  # noqa: BLE001  # `_check` raises it
+                    self._failure = error
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 def _picture(frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:

@@ -7,8 +7,8 @@ import signal
 import numpy as np
 
 from longlive_jax import config as configs
-from longlive_jax import timeline
-from longlive_jax.report import Switch
+from longlive_jax import sampler, timeline
+from longlive_jax.session import Chunk, Receipt
 
 CONFIG = configs.ModelConfig(
     name="fake",
@@ -30,44 +30,66 @@ CONFIG = configs.ModelConfig(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What `stream` yields."""
+@dataclasses.dataclass
+class Session:
+    """Hands out frames of one grey per chunk."""
 
-    frames: np.ndarray
+    model: "Model"
     prompt: str
-    index: int
-    denoise_s: float
-    applied: tuple[Switch, ...]
+    seed: int
+    steps: int
+    last: Chunk | None = None
+    frame: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def solver(self):
+        step = sampler.Step(0.0, 0.0, sampler.KEEP, sampler.KEEP[:4])
+        return sampler.Solver((step,) * self.steps)
+
+    def prepare(self, *modes):
+        return self
+
+    def save(self, folder):
+        self.model.saved.append(folder)
+
+    def stream(self, seconds, events=(), lookahead=0):
+        model, config = self.model, self.model.config
+        model.calls.append((self.prompt, seconds, self.seed, self.steps, tuple(events)))
+        frames = timeline.frame_count(config, seconds)
+        starts = [0, *timeline.chunk_starts(config, frames)]
+        waiting = list(events)
+        random = np.random.default_rng(self.seed)
+        for index, (start, stop) in enumerate(zip(starts, [*starts[1:], frames], strict=True)):
+            if index == model.interrupt_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            now = [event for event in waiting if event.time_s <= start / config.fps]
+            waiting = waiting[len(now) :]
+            self.prompt = now[-1].prompt if now else self.prompt
+            shape = (stop - start, config.height, config.width, 3)
+            changes = tuple(Receipt(e.kind, e.mode, e.prompt, start) for e in now)
+            self.last = Chunk(index, start, self.prompt, changes, 0.001)
+            picture = np.full(shape, (40 * index) % 256, np.uint8)
+            self.frame = stop
+            yield random.integers(0, 256, shape, np.uint8) if model.noise else picture
 
 
 @dataclasses.dataclass
 class Model:
-    """Streams frames of one grey per chunk; `interrupt_at` presses Ctrl-C before that chunk."""
+    """Streams frames at once; `interrupt_at` presses Ctrl-C before that chunk."""
 
     config: configs.ModelConfig = CONFIG
     interrupt_at: int | None = None
     noise: bool = False  # frames that no encoder can make small
     calls: list = dataclasses.field(default_factory=list)
+    streamed: list = dataclasses.field(default_factory=list)
+    saved: list = dataclasses.field(default_factory=list)
+    begun: list = dataclasses.field(default_factory=list)
 
-    def stream(self, prompt, seconds=10, seed=0, steps=None, events=()):
-        self.calls.append((prompt, seconds, seed, steps, tuple(events)))
-        frames = timeline.frame_count(self.config, seconds)
-        starts = [0, *timeline.chunk_starts(self.config, frames)]
-        waiting = list(events)
-        random = np.random.default_rng(seed)
-        for index, (start, stop) in enumerate(zip(starts, [*starts[1:], frames], strict=True)):
-            if index == self.interrupt_at:
-                os.kill(os.getpid(), signal.SIGINT)
-            now = [event for event in waiting if event.time_s <= start / self.config.fps]
-            waiting = waiting[len(now) :]
-            prompt = now[-1].prompt if now else prompt
-            shape = (stop - start, self.config.height, self.config.width, 3)
-            picture = np.full(shape, (40 * index) % 256, np.uint8)
-            yield Chunk(
-                frames=random.integers(0, 256, shape, np.uint8) if self.noise else picture,
-                prompt=prompt,
-                index=index,
-                denoise_s=0.001,
-                applied=tuple(Switch(e.prompt, e.time_s, start / self.config.fps) for e in now),
-            )
+    def streaming(self, **changes):
+        self.streamed.append(changes)
+        return self
+
+    def session(self, prompt, *, seed=0, steps=None, image=None, video=None):
+        self.begun.append((image, video))
+        return Session(self, prompt, seed, steps or self.config.sampler.steps)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longlive_jax import session as sessions
+from longlive_jax import rollout
 from longlive_jax.config import TINY_TEXT, ModelConfig, SamplerConfig, StreamConfig, VAEConfig
 from longlive_jax.dit import cache as slots
 from longlive_jax.dit.attention import Cached, LayerCache
@@ -36,8 +36,8 @@ SMALL_VAE = VAEConfig(
 )
 
 
-def model(dit, stream: StreamConfig, sampler: SamplerConfig) -> ModelConfig:
-    height, width = (n * SMALL_VAE.space_stride for n in GRID)
+def model(dit, stream: StreamConfig, sampler: SamplerConfig, grid=GRID) -> ModelConfig:
+    height, width = (n * SMALL_VAE.space_stride for n in grid)
     return ModelConfig("test", dit.cfg, SMALL_VAE, TINY_TEXT, stream, sampler, height, width, 16)
 
 
@@ -59,9 +59,9 @@ def vae() -> VAE:
 
 
 def begin(
-    dit, stream: StreamConfig, sampler: SamplerConfig, *, batch=1, seed=0
-) -> sessions.Session:
-    return sessions.begin(model(dit, stream, sampler), vae(), batch, seed)
+    dit, stream: StreamConfig, sampler: SamplerConfig, *, batch=1, seed=0, grid=GRID
+) -> rollout.Rollout:
+    return rollout.begin(model(dit, stream, sampler, grid), [seed + row for row in range(batch)])
 
 
 @jit
@@ -70,30 +70,47 @@ def text(dit, context):
     return dit.text_kv(context[:, None])
 
 
-@functools.partial(jit, static_argnames=("frames", "sink"))
-def claim(cache, start, chunk, *, frames, sink):
-    """Labels the slots of the next chunk."""
-    taken = slots.choose(cache, frames, sink)
-    return taken, slots.claim(cache, taken, start, chunk, jnp.zeros(taken.shape[0], jnp.int32))
+@functools.partial(jit, static_argnames=("frames", "sink", "shot_sink"))
+def claim(cache, start, chunk, shot=0, *, frames, sink, shot_sink=0):
+    """Labels the slots of the next chunk, the same in every row."""
+    taken = slots.choose(cache, frames, sink, shot_sink)
+    labels = (jnp.full(taken.shape[0], x, jnp.int32) for x in (start, chunk, shot))
+    return taken, slots.claim(cache, taken, *labels)
 
 
 @jit
-def call(dit, cache, taken, visible, position, x, t, text):
-    """Velocity of latents b f h w c that see the slots `visible` (b slots), and the cache."""
+def call(dit, cache, taken, visible, position, x, t, text, read=None):
+    """Velocity of latents b f h w c that see the slots `visible` (b slots), and the cache.
+
+    read: positions of all slots (b slots), where they are relative.
+    """
     rows, columns = (n // 2 for n in x.shape[2:4])
     angles = phases(dit.cfg, position, rows, columns)
+    read = None if read is None else phases(dit.cfg, read, rows, columns)
     visible = jnp.repeat(visible[:, None], x.shape[1], 1)
     state = LayerCache(cache.k, cache.v, jnp.zeros((), jnp.int32))
-    v, state = dit(x, t, text, Cached(angles, taken, visible), state)
+    v, state = dit(x, t, text, Cached(angles, taken, visible, read), state)
     return v, dataclasses.replace(cache, k=state.k, v=state.v)
 
 
 @functools.partial(jit, static_argnames=("stream", "solver", "guidance"))
-def denoise(dit, video, text, noise, draws=None, *, stream, solver, guidance=1.0):
-    """`session.denoise`, the noise between steps being `draws`, one for each step but the first."""
+def denoise(dit, video, text, noise, draws=None, given=None, *, stream, solver, guidance=1.0):
+    """`rollout.denoise`, the noise between steps being `draws`, one for each step but the first."""
     renoise = lambda step: draws[step - 1]  # noqa: E731
     options = dict(stream=stream, solver=solver, guidance=guidance)
-    return sessions.denoise(dit, video, text, noise, renoise, **options)
+    return rollout.denoise(dit, video, text, noise, renoise, given, **options)
+
+
+@functools.partial(jit, static_argnames="stream")
+def absorb(dit, video, text, latents, *, stream):
+    """`rollout.absorb`; `video` stays as it is."""
+    return rollout.absorb(dit, video, text, latents, stream=stream)
+
+
+@functools.partial(jit, static_argnames=("stream", "how"))
+def recache(dit, video, text, which, *, stream, how):
+    """`rollout.recache`; `video` stays as it is."""
+    return rollout.recache(dit, video, text, which, stream=stream, how=how)
 
 
 def by_frame(cache, x, row=0) -> dict[int, np.ndarray]:

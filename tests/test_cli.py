@@ -47,9 +47,9 @@ def test_prompts_change_in_the_order_of_their_times(longlive):
     ((prompt, seconds, seed, steps, events),) = model.calls
     assert (prompt, seconds, seed, steps) == ("one", 10.0, 5, 2)
     assert [dataclasses.astuple(event) for event in events] == [
-        (1.5, "switch", "two"),
-        (3.0, "switch", "three: 3"),
-        (8.0, "cut", "four"),
+        (1.5, "switch", "two", "recache"),
+        (3.0, "switch", "three: 3", "recache"),
+        (8.0, "cut", "four", "recache"),
     ]
     data = json.loads(out)
     check_schema(data)
@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence_and_code_2(longlive, arguments, reason):
 def test_what_the_model_refuses_is_a_sentence_too(longlive):
     @dataclasses.dataclass
     class Refusing(fake.Model):
-        def stream(self, *_, **__):
+        def session(self, *_, **__):
             raise InputError("this model knows no such steps")
 
     code, _, err = longlive("generate", "--prompt", "x", model=Refusing())
@@ -256,7 +256,7 @@ def test_a_second_start_loads_what_the_first_compiled(tmp_path):
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 7.77, 60.0])
 def test_chunks_tile_the_video(seconds):
     frames = timeline.frame_count(fake.CONFIG, seconds)
-    lengths = [len(chunk.frames) for chunk in fake.Model().stream("x", seconds=seconds)]
+    lengths = [len(chunk) for chunk in fake.Model().session("x").stream(seconds)]
     assert sum(lengths) == frames == round(seconds * 16)
     assert lengths[0] == min(9, frames)
     assert set(lengths[1:-1]) <= {12}

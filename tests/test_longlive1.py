@@ -295,7 +295,7 @@ def test_B_kv_cache_recache_without_a_mask(kind):
     sinks = np.argsort(np.asarray(old.frame[0]))[:CHUNK]
     pad = lambda x: jnp.pad(x[:, :, sinks], ((0, 0), (0, 0), (0, 12), *[(0, 0)] * 3))  # noqa: E731
     frames = jnp.broadcast_to(jnp.asarray([0, 1, 2, *range(9, 21)], jnp.int32), (2, 15))
-    cache = slots.KVCache(pad(old.k), pad(old.v), frames, frames // CHUNK, jnp.zeros_like(frames))
+    cache = slots.KVCache(frames, frames // CHUNK, jnp.zeros_like(frames), pad(old.k), pad(old.v))
     visible = (frames < 3) | (frames >= 12) if kind == "protect" else frames >= 9
     taken = jnp.broadcast_to(jnp.arange(3, 15, dtype=jnp.int32), (2, 12))
     x = jnp.asarray(np.moveaxis(arrays["in/recache_x"], -3, -1))

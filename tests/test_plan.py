@@ -10,9 +10,10 @@ import sys
 import jax
 import pytest
 
-from longlive_jax import cli, footprint, gpus, plan, session, weights
+from longlive_jax import cli, footprint, gpus, plan, rollout, weights
 from longlive_jax.model import load
 from longlive_jax.plan import Ask
+from longlive_jax.vae.vae import init_carry
 
 SPECS = pathlib.Path(__file__).parent / "gpu_specs"
 TINY = Ask("tiny", 10.0, source="formula")
@@ -70,10 +71,11 @@ def test_the_bytes_are_those_of_a_model_that_is_there(tiny):
         module = model.text.umt5 if part == "text" else getattr(model, part)
         count = sum(leaf.size for leaf in weights.flatten(module).values())
         assert getattr(memory.weights, part) == 2 * count
-    state = session.begin(model.config, model.vae, 1, 0, jax.numpy.bfloat16)
+    state = rollout.begin(model.config, [0], jax.numpy.bfloat16)
     assert memory.kv_cache == state.cache.k.nbytes + state.cache.v.nbytes
-    assert memory.held_latents == state.held.nbytes
-    carry = sum(x.size for x in jax.tree.leaves(state.carry))
+    assert memory.held_latents == state.held.latents.nbytes
+    carry = init_carry(model.vae, 1, model.config.height, model.config.width)
+    carry = sum(x.size for x in jax.tree.leaves(carry))
     assert memory.vae_carry == 2 * carry
     assert memory.text_kv == sum(x.size for x in jax.tree.leaves(model.prompt_kv(["a dot"]))) * 2
 

@@ -40,7 +40,7 @@ def check_schema(data):
 
 
 def watch(marks, closed, size=(48, 64)):
-    stopwatch = bench.Stopwatch()
+    stopwatch = bench.Stopwatch(fake.Model().session("x"))
     stopwatch.marks = marks
     stopwatch.size = size
     stopwatch.closed = closed
@@ -57,9 +57,7 @@ MARKS = [
 
 
 def test_warmup_is_left_out_of_every_rate():
-    data = report.Report.to_json(
-        bench.summarise([watch(MARKS, 24.5)], 2, fps=16, compile_s=1.5, seed=7, steps=4)
-    )
+    data = report.Report.to_json(bench.summarise([watch(MARKS, 24.5)], 2, compile_s=1.5, seed=7))
     data = json.loads(data)
     check_schema(data)
     assert data["frames"] == 45
@@ -70,14 +68,13 @@ def test_warmup_is_left_out_of_every_rate():
     assert data["chunk_latency_p95_s"] == pytest.approx(0.3 + 0.95 * 0.2)
     assert data["time_to_first_chunk_s"] == pytest.approx(8.0)
     assert (data["seed"], data["steps"], data["compile_s"]) == (7, 4, 1.5)
+    assert data["fps"] == 16
     assert data["warmup_chunks"] == 2
 
 
 def test_several_videos_are_pooled():
     later = [bench.Mark(9, 0.1, 0.0, 1.0, 1.1), bench.Mark(12, 0.5, 1.1, 2.0, 2.1)]
-    summary = bench.summarise(
-        [watch(MARKS, 24.5), watch(later, 3.0)], 0, fps=16, compile_s=0.0, seed=0, steps=4
-    )
+    summary = bench.summarise([watch(MARKS, 24.5), watch(later, 3.0)], 0, compile_s=0.0, seed=0)
     assert summary.frames == 45
     assert summary.denoise_fps == pytest.approx((45 + 21) / (8.6 + 0.6))
     assert summary.end_to_end_fps == pytest.approx((45 + 21) / (14.5 + 3.0))

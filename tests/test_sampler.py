@@ -39,11 +39,13 @@ def trajectory(solver, velocity, noise, renoise=never):
     return np.asarray(run(jnp.asarray(noise)))
 
 
-@pytest.mark.parametrize("steps", [2, 4, 8, 50])
-@pytest.mark.parametrize("case", ["07_unipc"])
-def test_unipc(case, steps, golden, facts):
+@pytest.mark.parametrize(
+    ("name", "steps"), [*(("unipc", n) for n in (2, 4, 8, 50)), *(("dpmpp", n) for n in (4, 20))]
+)
+def test_multistep(name, steps, golden, facts):
+    case = f"07_{name}"
     array, entry = golden("longlive2", case), facts("longlive2", case)["config"]
-    solver = sampler.make(config("unipc", steps, entry["shift"]))
+    solver = sampler.make(config(name, steps, entry["shift"]))
     told = np.asarray([step.timestep for step in solver.steps])
     np.testing.assert_array_equal(told, array[f"out/timesteps_{steps}"])
     sigmas = [step.sigma for step in solver.steps] + [0.0]
@@ -140,7 +142,7 @@ def test_unwarped_timesteps():
 
 
 @given(
-    solver=st.sampled_from(["unipc", "euler"]),
+    solver=st.sampled_from(["unipc", "dpmpp", "euler"]),
     steps=st.integers(1, 40),
     shift=st.floats(1.0, 10.0),
     seed=st.integers(0, 2**31 - 1),
@@ -153,7 +155,7 @@ def test_exact_on_constant_velocity(solver, steps, shift, seed):
     np.testing.assert_allclose(x0, noise - solver.steps[0].sigma * v, atol=2e-5, rtol=0)
 
 
-@given(solver=st.sampled_from(["unipc", "euler", "renoise"]), steps=st.integers(1, 60))
+@given(solver=st.sampled_from(["unipc", "dpmpp", "euler", "renoise"]), steps=st.integers(1, 60))
 @settings(deadline=None, max_examples=40)
 def test_steps_are_affine(solver, steps):
     """Weights sum to 1: where all points agree, a step stays there."""
@@ -164,21 +166,32 @@ def test_steps_are_affine(solver, steps):
         assert 0 < step.sigma <= 1 and 0 <= step.timestep <= 1000
 
 
-def test_converges_on_a_nonlinear_ode():
-    """dx / dsigma = x² has a closed form. Euler converges linearly, UniPC well ahead of it."""
+def error(name, steps, **more):
+    """How far a solver ends from the closed form of dx / dsigma = x²."""
     noise = jnp.linspace(0.5, 2.0, 24).reshape(SHAPE)
+    solver = sampler.make(config(name, steps, **more))
+    x0 = sampler.sample(solver, lambda x, t: x**2, noise, never)
+    exact = np.asarray(noise) / (1.0 + solver.steps[0].sigma * np.asarray(noise))
+    return np.abs(np.asarray(x0) - exact).max()
 
-    def error(name, steps):
-        solver = sampler.make(config(name, steps))
-        x0 = sampler.sample(solver, lambda x, t: x**2, noise, never)
-        exact = np.asarray(noise) / (1.0 + solver.steps[0].sigma * np.asarray(noise))
-        return np.abs(np.asarray(x0) - exact).max()
 
+def test_converges_on_a_nonlinear_ode():
+    """Euler converges linearly, UniPC well ahead of it."""
     unipc = [error("unipc", n) for n in (8, 16, 32)]
     euler = [error("euler", n) for n in (8, 16, 32)]
     assert all(before > 4 * after for before, after in zip(unipc, unipc[1:], strict=False)), unipc
     assert all(1.6 < before / after < 2.6 for before, after in zip(euler, euler[1:], strict=False))
     assert unipc[-1] < euler[-1] / 15 < 2e-3, (unipc, euler)
+
+
+def test_dpmpp_is_of_second_order():
+    """Up to a logarithm: towards sigma = 0, log-SNR spans do not shrink with the number of steps.
+
+    Without a shift; at 5 the error crosses zero near 32 steps.
+    """
+    errors = [error("dpmpp", n, shift=1.0) for n in (8, 16, 32, 64)]
+    assert all(before > 2.8 * after for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < error("euler", 64, shift=1.0) / 50 < 2e-4, errors
 
 
 def test_renoise_is_a_function_of_key_chunk_and_step():
@@ -214,7 +227,7 @@ def test_renoise_draws_only_between_steps():
     np.testing.assert_allclose(seen[-1], x, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["unipc", "renoise"])
+@pytest.mark.parametrize("name", ["unipc", "dpmpp", "renoise"])
 def test_one_evaluation_per_step(name):
     """The model is traced once, sees scalar float32 timesteps and the dtype of the noise."""
     traced = []
@@ -244,7 +257,7 @@ def test_guidance():
 @pytest.mark.parametrize(
     "cfg, words",
     [
-        (config("ddim"), "choose one of"),
+        (config("ddim"), "choose one of dpmpp, euler, renoise, unipc"),
         (config("unipc", 0), "at least 1 step"),
         (config("unipc", timesteps=(1000, 750, 500, 250)), "places its own"),
         (config("renoise", 3, timesteps=(1000, 500)), "2 timesteps are listed for 3 steps"),

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import streams
 
-from longlive_jax import sampler, session
+from longlive_jax import rollout, sampler
 from longlive_jax.bench import CompileClock
-from longlive_jax.config import DiTConfig, SamplerConfig, StreamConfig
+from longlive_jax.config import DiTConfig, Recache, SamplerConfig, StreamConfig
 from longlive_jax.dit import cache as slots
 from longlive_jax.dit import mask
 from longlive_jax.dit.attention import masked
 from longlive_jax.dit.model import DiT
 from longlive_jax.dit.rope import phases
+from longlive_jax.vae.vae import init_carry
 
 SMALL = DiTConfig(dim=32, ffn_dim=64, heads=2, layers=2, channels=4, text_dim=8, text_len=5)
 STREAM = StreamConfig(chunk=3, window=7, sink=2)  # sink and window both cut through chunks
@@ -46,7 +47,7 @@ def play(dit, video, text, chunks, solver=SOLVER):
     """Generates the given chunks of noise; the session and all latents."""
     latents = []
     for first in chunks:
-        video, out = session.generate(dit, video, text, first, stream=STREAM, solver=solver)
+        video, out = rollout.generate(dit, video, text, first, stream=STREAM, solver=solver)
         latents.append(out)
     return video, jnp.concatenate(latents, 1)
 
@@ -62,7 +63,7 @@ def test_teacher_forcing_equals_streaming(dit, first):
     start, text = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 0)
     chunks = chunks_of(10, 6, first=first)
     again = [
-        session.noise(dataclasses.replace(start, chunk=jnp.int32(i)), x.shape[1], 1)
+        rollout.noise(dataclasses.replace(start, chunk=jnp.full(1, i, jnp.int32)), x.shape[1], 1)
         for i, x in enumerate(chunks)
     ]
     _, latents = play(dit, start, text, chunks)
@@ -115,21 +116,24 @@ def test_slots_hold_the_sinks_and_the_newest_frames(data):
 def choose(table, frames, sink):
     labels = jnp.asarray(table, jnp.int32)
     nothing = jnp.zeros((0, 2, table.shape[1], 1, 1, 1))
-    cache = slots.KVCache(nothing, nothing, labels, labels, labels)
+    cache = slots.KVCache(labels, labels, jnp.zeros_like(labels), nothing, nothing)
     return np.asarray(slots.choose(cache, frames, sink))
 
 
 def test_one_program_and_constant_memory_for_any_length(dit):
     """Noise, denoising, decoding: after the second chunk nothing is compiled and nothing grows."""
     video, text = streams.begin(dit, STREAM, SAMPLER), prompt(dit, 1)
+    carry = init_carry(
+        streams.vae(), 1, *(n * streams.SMALL_VAE.space_stride for n in streams.GRID)
+    )
     shapes = lambda x: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x)]  # noqa: E731
     compiled, held, before, frames = [], [], shapes(video), 0
     with CompileClock() as clock:
         for chunk in range(14):
-            first, old = session.noise(video, STREAM.chunk), video
-            video, latents = session.generate(dit, video, text, first, stream=STREAM, solver=SOLVER)
+            first, old = rollout.noise(video, STREAM.chunk), video
+            video, latents = rollout.generate(dit, video, text, first, stream=STREAM, solver=SOLVER)
             assert old.cache.k.is_deleted(), "the cache is updated in place"
-            video, pixels = session.decode(streams.vae(), video, latents, first=chunk == 0)
+            carry, pixels = rollout.decode(streams.vae(), carry, latents, first=chunk == 0)
             frames += pixels.shape[1]
             del first, old, latents, pixels
             compiled.append(clock.programs)
@@ -148,9 +152,9 @@ def test_rows_are_independent(dit):
     single, double = prompt(dit, 2), prompt(dit, 2, rows=2)
     np.testing.assert_array_equal(single.k[:, 0], double.k[:, 0])
     for _ in range(5):
-        one, two = session.noise(alone, STREAM.chunk), session.noise(both, STREAM.chunk)
-        alone, expected = session.generate(dit, alone, single, one, stream=STREAM, solver=SOLVER)
-        both, latents = session.generate(dit, both, double, two, stream=STREAM, solver=SOLVER)
+        one, two = rollout.noise(alone, STREAM.chunk), rollout.noise(both, STREAM.chunk)
+        alone, expected = rollout.generate(dit, alone, single, one, stream=STREAM, solver=SOLVER)
+        both, latents = rollout.generate(dit, both, double, two, stream=STREAM, solver=SOLVER)
         np.testing.assert_allclose(latents[:1], expected, atol=2e-5)
         assert np.abs(latents[1] - expected[0]).max() > 0.1
 
@@ -161,7 +165,7 @@ def copy(video):
 
 
 def recached(dit, video, text):
-    return session.recache(dit, copy(video), text, jnp.ones(1, bool), stream=STREAM)
+    return rollout.recache(dit, copy(video), text, jnp.ones(1, bool), stream=STREAM, how=Recache())
 
 
 def distance(one, two) -> dict[int, float]:
@@ -207,7 +211,8 @@ def test_recache_leaves_nothing_of_the_old_prompt(dit):
     other = recached(dit, dataclasses.replace(video, cache=wiped), new)
     assert max(distance(again, other).values()) == 0.0
     for slot, frame in enumerate(np.asarray(video.cache.frame[0])):
-        np.testing.assert_array_equal(again.held[0, slot], latents[0, frame])
+        held = slots.latents_of(again.held, again.cache.frame)
+        np.testing.assert_array_equal(held[0, slot], latents[0, frame])
 
 
 def test_no_guidance_no_negative_cache(dit):

@@ -11,10 +11,11 @@ import re
 
 import numpy as np
 
+from longlive_jax.events import CUT_PREFIX
+
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta", "orange", "white")
 SHAPES = ("circle", "square", "triangle")
 BACKGROUNDS = ("black", "grey", "navy", "striped", "checkered")
-CUT_PREFIX = "The scene transitions. "
 
 # motion -> ways to say it, the canonical one first
 MOTION_PHRASES = {

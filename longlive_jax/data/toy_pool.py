@@ -14,7 +14,8 @@ import numpy as np
 
 from longlive_jax.config import StreamConfig
 from longlive_jax.data import toy_world
-from longlive_jax.data.caption import CUT_PREFIX, caption
+from longlive_jax.data.caption import caption
+from longlive_jax.events import CUT_PREFIX
 from longlive_jax.train.teacher_forcing import Layout
 
 Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]

@@ -22,7 +22,6 @@ from longlive_jax.data.caption import (
     ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
-    CUT_PREFIX,
     MOTIONS,
     SHAPES,
     VALUES,
@@ -30,6 +29,7 @@ from longlive_jax.data.caption import (
     Thing,
     caption,
 )
+from longlive_jax.events import CUT_PREFIX
 
 SIZE, FPS = 64, 16
 SPREAD = 6  # pixels either way, for the place where a scene begins

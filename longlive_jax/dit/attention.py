@@ -92,27 +92,32 @@ class Cached:
     """Attention over the slot table: writes this call's frames into their slots, then attends the
     visible slots.
 
-    slots: the slot of each of the call's frames. visible: which slot each of these frames may
-    attend.
+    slots: the slot of each of the call's frames; a frame that is to leave no trace names the one
+    past the last. visible: which slot each of these frames may attend. angles: phases of the
+    call's frames. read: phases of all slots, where positions are relative: keys are then stored as
+    they come, and rotated when they are read.
     """
 
     angles: Float[Array, "b n p"]
     slots: Int[Array, "b f"]
     visible: Bool[Array, "b f slots"]
+    read: Float[Array, "b m p"] | None = None
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
-        q, k = rotate(q, self.angles), rotate(k, self.angles)
+        q, k = rotate(q, self.angles), rotate(k, self.angles) if self.read is None else k
         frames, tokens = self.slots.shape[1], q.shape[1] // self.slots.shape[1]
         batch = jnp.arange(q.shape[0])[:, None]
 
         def write(cache, new):  # the layer index broadcasts against the slots
-            new = new.reshape(new.shape[0], frames, tokens, *new.shape[2:])
-            return cache.at[state.layer, batch, self.slots].set(new.astype(cache.dtype))
+            new = new.reshape(new.shape[0], frames, tokens, *new.shape[2:]).astype(cache.dtype)
+            return cache.at[state.layer, batch, self.slots].set(new, mode="drop")
 
         cache = LayerCache(write(state.k, k), write(state.v, v), state.layer + 1)
         keys, values = (
             x[state.layer].reshape(q.shape[0], -1, *q.shape[2:]).astype(q.dtype)
             for x in (cache.k, cache.v)
         )
+        if self.read is not None:
+            keys = rotate(keys, self.read)
         mask = jnp.repeat(jnp.repeat(self.visible, tokens, 1), tokens, 2)
         return attend(q, keys, values, mask), cache

@@ -8,6 +8,8 @@ from jaxtyping import Array, Float
 
 from longlive_jax.config import DiTConfig
 
+_STEP = 1024  # frames of the coarse count of positions
+
 
 def frequencies(cfg: DiTConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Radians per step along time, rows and columns; head_dim / 2 numbers in all.
@@ -35,12 +37,10 @@ def phases(
     """Angle of every token and complex channel; n = f * rows * columns, p = head_dim / 2.
 
     `frames` are temporal positions in latent frames: (start + index + shot offset) * time scale, by
-    the caller.
+    the caller. Their angles lie in [-pi, pi].
     """
     time, row, column = frequencies(cfg)
-    f = frames.astype(jnp.float32)[:, :, None, None, None] * jnp.asarray(
-        time, jnp.float32
-    )  # b f 1 1 p
+    f = _wrapped(frames.astype(jnp.float32)[:, :, None, None, None], time)  # b f 1 1 p
     r = jnp.asarray(np.arange(rows)[:, None] * row, jnp.float32)[None, None, :, None]  # 1 1 h 1 p
     c = jnp.asarray(np.arange(columns)[:, None] * column, jnp.float32)[
         None, None, None
@@ -48,6 +48,24 @@ def phases(
     shape = (*frames.shape, rows, columns)
     angles = jnp.concatenate([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (f, r, c)], -1)
     return angles.reshape(frames.shape[0], -1, angles.shape[-1])  # b n p
+
+
+def _wrapped(position: Float[Array, "*b 1"], frequency: np.ndarray) -> Float[Array, "*b p"]:
+    """position * frequency in radians, less whole turns: to 2e-6 for half frames up to 2^23.
+
+    A float32 angle of 1e5 rad is off by up to 4e-3. Whole turns can be dropped early from exact
+    products only: a position is _STEP coarse + fine, at most 13 bits each, times the first 11 bits
+    of a fraction of a turn, which fits 24 bits. Products with the rest are below a turn.
+    """
+    coarse = jnp.floor(position / _STEP)
+    turns = jnp.float32(0.0)
+    for count, frames in ((coarse, _STEP), (position - _STEP * coarse, 1)):
+        part = frames * frequency / (2 * np.pi)  # of a turn, in float64
+        part -= np.round(part)
+        head = np.round(part * 2**12) / 2**12
+        exact = count * np.float32(head)
+        turns += exact - jnp.round(exact) + count * np.float32(part - head)
+    return np.float32(2 * np.pi) * (turns - jnp.round(turns))
 
 
 def rotate(x: Float[Array, "b n a d"], angles: Float[Array, "b n p"]) -> Float[Array, "b n a d"]:

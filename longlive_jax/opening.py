@@ -1,0 +1,99 @@
+"""How a video begins: with a prompt alone, with an image, or where a clip ends."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from longlive_jax import media, rollout
+from longlive_jax.errors import InputError
+from longlive_jax.rollout import Latents
+from longlive_jax.session import Position, Session, State
+from longlive_jax.vae import vae as coder
+
+if TYPE_CHECKING:
+    from longlive_jax.model import Model
+
+Pixels = str | os.PathLike | np.ndarray  # a file, or uint8 [t] H W 3
+
+
+def begin(
+    model: Model,
+    prompt: str,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    image: Pixels | None = None,
+    video: Pixels | None = None,
+    history: int = 0,
+    vae_device: jax.Device | None = None,
+) -> Session:
+    """See `Model.session`."""
+    prompt = prompt.strip()
+    if not prompt:
+        raise InputError("the prompt is empty")
+    if image is not None and video is not None:
+        raise InputError("a video begins with an image or continues a clip, not both")
+    if history < 0:
+        raise InputError(f"history is a number of chunks from 0 on, not {history}")
+    cfg, text, given, notes = model.config, model.prompt_kv([prompt]), None, ()
+    if image is not None:
+        picture = media.read_image(image, cfg.height, cfg.width)
+        given, notes = _encode(model.vae, _floats(picture.frames)), (picture.note,)
+    carry = coder.init_carry(model.vae, 1, cfg.height, cfg.width)
+    state = State(rollout.begin(cfg, [seed], text.k.dtype), carry, text)
+    position = Position(prompt=prompt, whole=prompt)
+    if video is not None:
+        clip = media.read_clip(video, cfg.height, cfg.width, cfg.fps)
+        state, position, note = _continued(model, state, position, clip.frames)
+        notes = tuple(filter(None, (clip.note, note)))
+    if vae_device is not None:
+        state = State(state.rollout, jax.device_put(state.carry, vae_device), text)
+    choices = dict(given=given, history=history, vae_device=vae_device, notes=notes, seed=seed)
+    return Session(model, state, position, solver=model.solver(steps), **choices)
+
+
+def _continued(
+    model: Model, state: State, position: Position, frames: UInt8[np.ndarray, "t H W 3"]
+) -> tuple[State, Position, str]:
+    """The state where a clip ends: its latents are the chunks so far. What does not fill a chunk is
+    left out at the start, where it matters least.
+    """
+    cfg = model.config
+    stride, chunk = cfg.vae.time_stride, cfg.stream.chunk
+    chunks = (1 + (len(frames) - 1) // stride) // chunk
+    if not chunks:
+        least = cfg.frames_per_chunk - (stride - 1)
+        raise InputError(
+            f"a clip must have at least {least} frames at {cfg.fps} FPS, this one has {len(frames)}"
+        )
+    used = cfg.frames_per_chunk * chunks - (stride - 1)
+    skipped, memory, carry = len(frames) - used, state.rollout, state.carry
+    coding, start = coder.init_encode_carry(model.vae, 1, cfg.height, cfg.width), skipped
+    for index in range(chunks):
+        end = skipped + cfg.frames_per_chunk * (index + 1) - (stride - 1)
+        first, piece = index == 0, _floats(frames[start:end])
+        latents, coding = _encode_next(model.vae, coding, piece, first=first)
+        memory = rollout.absorb(model.dit, memory, state.text, latents, stream=cfg.stream)
+        carry, _ = rollout.decode(model.vae, carry, latents, first=first)
+        start = end
+    position = Position(chunks, chunks * chunk, position.prompt, position.whole)
+    note = f"the first {skipped} frames do not fill a chunk and are left out" if skipped else ""
+    return State(memory, carry, state.text), position, note
+
+
+def _floats(frames: UInt8[np.ndarray, "t H W 3"]) -> Float[Array, "1 t H W 3"]:
+    return jnp.asarray(frames[None], jnp.float32) / 127.5 - 1.0
+
+
+@jax.jit
+def _encode(vae: coder.VAE, frames: Float[Array, "b t H W 3"]) -> Latents:
+    return coder.encode(vae, frames)
+
+
+_encode_next = jax.jit(coder.encode_stream, static_argnames="first", donate_argnums=1)

@@ -1,0 +1,312 @@
+"""A video's memory while it is made: state in, state out.
+
+A `Rollout` is everything that the transformer's next chunk depends on, but the prompt. `generate`
+denoises one chunk into it, `absorb` writes given latents, `recache` re-reads the window under a new
+prompt, `decode` turns latents into pixels. All are pure functions, compiled once for any length.
+Rows are videos that advance together; each has a position, a shot and noise of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from longlive_jax import sampler
+from longlive_jax.config import ModelConfig, Recache, StreamConfig
+from longlive_jax.dit import cache as slots
+from longlive_jax.dit.attention import Cached, LayerCache
+from longlive_jax.dit.cache import Held, KVCache
+from longlive_jax.dit.model import DiT, TextKV
+from longlive_jax.dit.rope import phases
+from longlive_jax.vae.tae import TAE
+from longlive_jax.vae.vae import VAE, VAECarry, stream
+
+Latents = Float[Array, "b f h w c"]
+KV = tuple[Array, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Memory of `b` videos.
+
+    Under guidance the cache holds twice as many rows: the conditional ones, then the unconditional
+    ones.
+    """
+
+    cache: KVCache
+    held: Held
+    frame: Int[Array, " b"]  # latent frames made so far
+    chunk: Int[Array, " b"]
+    shot: Int[Array, " b"]
+    key: Array  # b; noise is a function of this key, the chunk and the step
+
+
+def begin(cfg: ModelConfig, seeds: Sequence[int], dtype=jnp.float32) -> Rollout:
+    """One video for each seed, with nothing made yet."""
+    batch = len(seeds)
+    grid = (cfg.latent_height, cfg.latent_width, cfg.dit.channels)
+    rows = batch * cfg.sampler.branches
+    zeros = (jnp.zeros(batch, jnp.int32) for _ in range(3))  # buffers of their own: it is donated
+    return Rollout(
+        slots.empty(cfg.dit, cfg.stream, rows, cfg.tokens_per_frame, dtype),
+        slots.empty_held(cfg.stream, batch, grid, dtype),
+        *zeros,
+        key=jnp.stack([jax.random.key(seed) for seed in seeds]),
+    )
+
+
+def noise(rollout: Rollout, frames: int, step: int | Int[Array, ""] = 0) -> Latents:
+    """Normal noise of each video's next chunk, at `step`."""
+    shape = (frames, *rollout.held.latents.shape[2:])
+
+    def draw(key: Array, chunk: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, chunk), step)
+        return jax.random.normal(key, shape, rollout.held.latents.dtype)
+
+    return jax.vmap(draw)(rollout.key, rollout.chunk)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("stream", "solver", "guidance"), donate_argnames="rollout"
+)
+def generate(
+    dit: DiT,
+    rollout: Rollout,
+    text: TextKV,
+    first_noise: Latents,
+    given: Latents | None = None,
+    *,
+    stream: StreamConfig,
+    solver: sampler.Solver,
+    guidance: float = 1.0,
+) -> tuple[Rollout, Latents]:
+    """The next chunk: `denoise` as one program that updates the rollout in place, with the
+    rollout's own noise.
+    """
+    renoise = functools.partial(noise, rollout, first_noise.shape[1])
+    choices = dict(stream=stream, solver=solver, guidance=guidance)
+    return denoise(dit, rollout, text, first_noise, renoise, given, **choices)
+
+
+def denoise(
+    dit: DiT,
+    rollout: Rollout,
+    text: TextKV,
+    first_noise: Latents,
+    renoise: sampler.Renoise,
+    given: Latents | None = None,
+    *,
+    stream: StreamConfig,
+    solver: sampler.Solver,
+    guidance: float = 1.0,
+) -> tuple[Rollout, Latents]:
+    """Denoises the next chunk and writes it into the cache with a clean pass.
+
+    Args:
+      text: the prompt in force, for every row of the cache.
+      first_noise: b f h w c; f is the length of the chunk.
+      renoise: step -> noise of that step, for solvers that put fresh noise on between steps.
+      given: the chunk's first latents where they are known (an image): held clean, at timestep 0
+        (`causal_diffusion_inference.py`, `initial_latent` with `independent_first_frame`).
+    """
+    frames = first_noise.shape[1]
+    rollout, attn = _enter(dit, rollout, frames, stream)
+    known = 0 if given is None else given.shape[1]
+
+    def pinned(x: Latents) -> Latents:
+        return x if given is None else x.at[:, :known].set(given.astype(x.dtype))
+
+    def velocity(x: Latents, t: Array, kv: KV) -> tuple[Latents, KV]:
+        t = jnp.where(jnp.arange(frames) < known, 0.0, t) if known else t[None]
+        v, kv = _forward(dit, pinned(x), t, text, attn, kv)
+        return (v if v.shape[0] == x.shape[0] else sampler.guide(*jnp.split(v, 2), guidance)), kv
+
+    kv = rollout.cache.k, rollout.cache.v
+    latents, kv = sampler.sample_stateful(solver, velocity, first_noise, renoise, kv)
+    latents = pinned(latents)
+    cache = dataclasses.replace(rollout.cache, k=kv[0], v=kv[1])
+    rollout = dataclasses.replace(rollout, cache=cache)
+    return _leave(dit, rollout, latents, text, attn, stream), latents
+
+
+@functools.partial(jax.jit, static_argnames="stream", donate_argnames="rollout")
+def absorb(
+    dit: DiT, rollout: Rollout, text: TextKV, latents: Latents, *, stream: StreamConfig
+) -> Rollout:
+    """Takes given latents as the next chunk: a clean pass, no denoising (`initial_latent` in
+    `causal_diffusion_inference.py`).
+    """
+    rollout, attn = _enter(dit, rollout, latents.shape[1], stream)
+    return _leave(dit, rollout, latents, text, attn, stream)
+
+
+def _forward(
+    dit: DiT, x: Latents, t: Float[Array, " m"], text: TextKV, attn: Cached, kv: KV
+) -> tuple[Float[Array, "rows f h w c"], KV]:
+    """Velocity of each row of the cache, and the new keys and values; `x` has a row a video."""
+    rows = attn.slots.shape[0]
+    x = jnp.tile(x, (rows // x.shape[0], 1, 1, 1, 1))
+    t = jnp.broadcast_to(t.astype(jnp.float32), (rows, t.shape[0]))
+    v, state = dit(x, t, text, attn, LayerCache(*kv, jnp.zeros((), jnp.int32)))
+    return v, (state.k, state.v)
+
+
+def _enter(dit: DiT, rollout: Rollout, frames: int, stream: StreamConfig) -> tuple[Rollout, Cached]:
+    """Labels the slots of the next chunk, and what its passes attend."""
+    cache, rows = rollout.cache, rollout.cache.frame.shape[0]
+    labels = [_tile(x, rows) for x in (rollout.frame, rollout.chunk, rollout.shot)]
+    taken = slots.choose(cache, frames, stream.sink, stream.shot_sink)
+    cache = slots.claim(cache, taken, *labels)
+    visible = jnp.repeat(cache.filled[:, None], frames, 1)
+    attn = _attention(dit, rollout.held, cache, taken, visible, stream)
+    return dataclasses.replace(rollout, cache=cache), attn
+
+
+def _leave(
+    dit: DiT, rollout: Rollout, latents: Latents, text: TextKV, attn: Cached, stream: StreamConfig
+) -> Rollout:
+    """The clean pass of the chunk that `_enter` labelled, and the latents put aside."""
+    cache, frames = rollout.cache, latents.shape[1]
+    if stream.clean_recache:
+        cache = slots.keep(cache, _after_cut(cache, attn.slots, stream.sink))
+        visible = jnp.repeat(cache.filled[:, None], frames, 1)
+        attn = _attention(dit, rollout.held, cache, attn.slots, visible, stream)
+    _, (k, v) = _forward(dit, latents, jnp.zeros(1), text, attn, (cache.k, cache.v))
+    held = slots.choose(rollout.held, frames, stream.sink, stream.shot_sink)
+    batch = jnp.arange(latents.shape[0])[:, None]
+    table = slots.claim(rollout.held, held, rollout.frame, rollout.chunk, rollout.shot)
+    table = dataclasses.replace(table, latents=table.latents.at[batch, held].set(latents))
+    if stream.clean_recache:
+        table = slots.keep(table, _after_cut(table, held, stream.sink))
+    return dataclasses.replace(
+        rollout,
+        cache=dataclasses.replace(cache, k=k, v=v),
+        held=table,
+        frame=rollout.frame + frames,
+        chunk=rollout.chunk + 1,
+    )
+
+
+def _after_cut(table: slots.Table, taken: Int[Array, "b f"], sink: int) -> Bool[Array, "b slots"]:
+    """What a clean recache leaves: all, but of a chunk that opens a shot only itself and the
+    global sink (`causal_diffusion_inference.py:shot_clean_recache`).
+    """
+    own = (jnp.arange(table.frame.shape[1]) == taken[:, :, None]).any(1)
+    opens = ~(table.filled & ~own & (table.shot == slots.shown(table)[:, None])).any(1)
+    return ~opens[:, None] | own | (table.filled & (slots.rank(table) < sink))
+
+
+def _attention(
+    dit: DiT,
+    held: Held,
+    cache: KVCache,
+    taken: Int[Array, "rows f"],
+    visible: Bool[Array, "rows f slots"],
+    stream: StreamConfig,
+) -> Cached:
+    """Attention over the cache for the frames in the slots `taken`.
+
+    Absolute positions: each frame keeps its own and its shot's offset. Relative ones
+    (`causal_model_infinity.py`) are ranks in time, and shots do not matter.
+    """
+    rows, columns = (
+        n // p for n, p in zip(held.latents.shape[2:4], dit.cfg.patch[1:], strict=True)
+    )
+
+    def at(position: Array) -> Array:
+        position = position.astype(jnp.float32) * stream.time_scale
+        return phases(dit.cfg, position, rows, columns)
+
+    position = cache.frame + stream.shot_offset * cache.shot
+    position = slots.rank(cache) if stream.rope == "relative" else position
+    angles = at(jnp.take_along_axis(position, taken, 1))
+    return Cached(angles, taken, visible, at(position) if stream.rope == "relative" else None)
+
+
+def _tile(x: Array, rows: int) -> Array:
+    return jnp.tile(x, rows // x.shape[0])
+
+
+@functools.partial(jax.jit, static_argnames=("stream", "how"), donate_argnames="rollout")
+def recache(
+    dit: DiT,
+    rollout: Rollout,
+    text: TextKV,
+    which: Bool[Array, " b"],
+    *,
+    stream: StreamConfig,
+    how: Recache,
+) -> Rollout:
+    """Re-reads the window under a new prompt: one clean pass over the held latents
+    (LongLive 1.0 section 3.1, KV recache).
+
+    Frames keep their position and shot, and with them their phases. `which` videos do so; the
+    others keep their memory as it is.
+    """
+    if how.sinks == "window":
+        rollout = _window_only(rollout, which)
+    cache = rollout.cache
+    rows, count = cache.frame.shape
+    which = _tile(which, rows)[:, None]
+    places = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (rows, count))
+    earlier = cache.chunk[:, :, None] >= cache.chunk[:, None, :]
+    visible = cache.filled[:, None, :] & (earlier | (how.form == "bidirectional"))
+    attn = _attention(dit, rollout.held, cache, places, visible, stream)
+    silent = ~which
+    if how.sinks == "keep":
+        silent |= slots.is_sink(cache, stream.sink, stream.shot_sink)
+    attn = dataclasses.replace(attn, slots=jnp.where(silent, count, places))
+    latents = slots.latents_of(rollout.held, cache.frame[: rollout.frame.shape[0]])
+    _, (k, v) = _forward(dit, latents, jnp.zeros(1), text, attn, (cache.k, cache.v))
+    return dataclasses.replace(rollout, cache=dataclasses.replace(cache, k=k, v=v))
+
+
+def _window_only(rollout: Rollout, which: Bool[Array, " b"]) -> Rollout:
+    """The cache labelled as the last frames of the video, however many it has room for; older ones
+    are given up, and their sinks with them. Keys and values are still to be written.
+    """
+    cache, held = rollout.cache, rollout.held
+    rows, count = cache.frame.shape
+    order = jnp.argsort(-held.frame, axis=1, stable=True)[:, :count]
+
+    def relabel(old: Array, labels: Array) -> Array:
+        new = jnp.take_along_axis(labels, order, 1)
+        return jnp.where(_tile(which, rows)[:, None], jnp.tile(new, (rows // new.shape[0], 1)), old)
+
+    names = ("frame", "chunk", "shot")
+    labels = {name: relabel(getattr(cache, name), getattr(held, name)) for name in names}
+    kept = (jnp.arange(held.frame.shape[1]) == order[:, :, None]).any(1) | ~which[:, None]
+    cache, held = dataclasses.replace(cache, **labels), slots.keep(held, kept)
+    return dataclasses.replace(rollout, cache=cache, held=held)
+
+
+@functools.partial(jax.jit, donate_argnames="rollout")
+def forget(rollout: Rollout, which: Bool[Array, " b"]) -> Rollout:
+    """Empties the memory of `which` videos; they go on where they are, and their next frames become
+    their sinks.
+    """
+    cache, held = rollout.cache, rollout.held
+    rows = _tile(which, cache.frame.shape[0])
+    return dataclasses.replace(
+        rollout,
+        cache=slots.keep(cache, jnp.broadcast_to(~rows[:, None], cache.frame.shape)),
+        held=slots.keep(held, jnp.broadcast_to(~which[:, None], held.frame.shape)),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="carry", static_argnames="first")
+def decode(
+    vae: VAE | TAE, carry: VAECarry, latents: Latents, *, first: bool
+) -> tuple[VAECarry, UInt8[Array, "b t H W 3"]]:
+    """Pixels of a chunk. `first`: it begins the video, and its first latent frame is one
+    picture.
+    """
+    frames, carry = stream(vae, carry, latents, first=first)
+    frames = frames.astype(jnp.float32)  # bfloat16 has no room for 256 levels
+    return carry, jnp.clip(jnp.round((frames + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)

@@ -1,0 +1,180 @@
+"""Sessions on disk: an Orbax checkpoint of the arrays, and a small JSON file beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from longlive_jax import rollout, sampler, weights
+from longlive_jax.errors import InputError, SessionError
+from longlive_jax.model import Model, Origin, load
+from longlive_jax.session import Position, Receipt, Session, State
+from longlive_jax.vae import vae as coder
+
+FACTS, ARRAYS = "session.json", "arrays"
+
+
+def write(session: Session, folder: str | os.PathLike) -> None:
+    """See `Session.save`. An earlier session in that folder is replaced once this one is whole."""
+    folder = pathlib.Path(os.path.abspath(folder))
+    if (
+        folder.exists()
+        and not (folder / FACTS).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise InputError(f"{folder} is there already and holds no session; name another folder")
+    facts = {
+        "model": dataclasses.asdict(session.model.origin),
+        "fingerprint": session.model.fingerprint,
+        "position": dataclasses.asdict(session.position),
+        "solver": dataclasses.asdict(session.solver),
+        "history": session.past.chunks,
+        "seed": session.seed,
+        "notes": session.notes,
+    }
+    arrays = _arrays(session.home.read(), session.given, session.undelivered())
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    with weights.new_folder(folder) as stage:
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            checkpointer.save(stage / ARRAYS, arrays)
+        (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+        if folder.exists():
+            folder.replace(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _arrays(state: State, given: Any, undelivered: Any) -> dict[str, Any]:
+    """What is saved, as a tree of arrays. The prompt is encoded again."""
+    memory = dataclasses.replace(state.rollout, key=jax.random.key_data(state.rollout.key))
+    extras = {"given": given, "undelivered": undelivered}
+    return {
+        "rollout": _named(memory),
+        "carry": _named(state.carry),
+        **{name: x for name, x in extras.items() if x is not None},
+    }
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by path. Those without a number in them are left out: Orbax has no place for them."""
+    paths, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): x for path, x in paths if x.size}
+
+
+def origin(folder: str | os.PathLike) -> Origin:
+    """What `load` must be asked for to have a saved session's model.
+
+    Raises:
+      InputError: there is no session, or it is broken.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    try:
+        return Origin(**_facts(folder)["model"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the session in {folder} cannot be read: {error}") from error
+
+
+def choices(made_by: Origin) -> dict[str, Any]:
+    """The keywords of `load`."""
+    return {"vae": made_by.vae, "lora": made_by.lora}
+
+
+def _facts(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / FACTS).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"there is no session in {folder}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"the session in {folder} cannot be read: {error}") from error
+
+
+def restore(
+    folder: str | os.PathLike,
+    *,
+    model: Model | None = None,
+    vae_device: jax.Device | None = None,
+) -> Session:
+    """The session that `Session.save` wrote, to continue as if it had never stopped. What `rewind`
+    could take back is not kept.
+
+    Args:
+      model: The model it belongs to, if it is loaded already; None loads it as it was.
+
+    Raises:
+      InputError: there is no session, or it is broken.
+      SessionError: the session belongs to another model.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    facts = _facts(folder)
+    try:
+        position = _position(facts["position"])
+        steps = tuple(sampler.Step(**_tuples(step)) for step in facts["solver"]["steps"])
+        fingerprint, notes = facts["fingerprint"], tuple(facts["notes"])
+        history, seed = facts["history"], facts["seed"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the session in {folder} cannot be read: {error}") from error
+    made_by = origin(folder)
+    model = model or load(made_by.name, **choices(made_by))
+    if model.fingerprint != fingerprint:
+        raise SessionError(
+            f'the session in {folder} belongs to another model: it was made with "{made_by.name}"'
+            f" ({fingerprint}), not with {model.config.name} ({model.fingerprint})"
+        )
+    arrays = _read(folder)
+    state = _state(model, arrays, position, folder)
+    if vae_device is not None:
+        state = dataclasses.replace(state, carry=jax.device_put(state.carry, vae_device))
+    given = None if "given" not in arrays else jnp.asarray(arrays["given"])
+    options = dict(given=given, history=history, vae_device=vae_device, notes=notes, seed=seed)
+    session = Session(model, state, position, solver=sampler.Solver(steps), **options)
+    session.rest = arrays.get("undelivered")
+    return session
+
+
+def _read(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            found = checkpointer.metadata(folder / ARRAYS).item_metadata
+            # As numpy: whichever device wrote them need not be here.
+            wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(found.items()))
+            return checkpointer.restore(folder / ARRAYS, wanted)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the session in {folder} is broken: {error}") from error
+
+
+def _state(model: Model, arrays: dict, position: Position, folder: pathlib.Path) -> State:
+    cfg, text = model.config, model.prompt_kv([position.whole])
+    memory = rollout.begin(cfg, [0], text.k.dtype)
+    memory = dataclasses.replace(memory, key=jax.random.key_data(memory.key))
+    carry = coder.init_carry(model.vae, 1, cfg.height, cfg.width)
+
+    def filled(name: str, like: Any) -> Any:
+        paths, structure = jax.tree.flatten_with_path(like)
+        held, wanted = arrays[name], _named(like)
+        if {n: x.shape for n, x in held.items()} != {n: x.shape for n, x in wanted.items()}:
+            raise InputError(f"the session in {folder} is broken: its {name} is of another shape")
+        # Copied: what will be donated must not be numpy's.
+        leaves = ((held.get(jax.tree_util.keystr(path), x), x.dtype) for path, x in paths)
+        return structure.unflatten([jnp.array(x, dtype) for x, dtype in leaves])
+
+    memory, carry = filled("rollout", memory), filled("carry", carry)
+    memory = dataclasses.replace(memory, key=jax.random.wrap_key_data(memory.key))
+    return State(memory, carry, text)
+
+
+def _position(facts: dict) -> Position:
+    changes = tuple(Receipt(**change) for change in facts["changes"])
+    return Position(**(facts | {"changes": changes}))
+
+
+def _tuples(fields: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
