@@ -67,7 +67,7 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
-        "av>=14",
+        "av>=17",
         "rich>=13",
     ],
     extras_require=EXTRAS,

@@ -109,7 +109,7 @@ class Batch:
             self._advance(seated)
         for session in waiting:
             session.begin_chunk()
-        frames = {session: session.undelivered_now() for session in (*seated, *waiting)}
+        frames = {session: session.hand_over_all() for session in (*seated, *waiting)}
         self._waiting = []
         for session in waiting:
             self._seat(session)

@@ -27,7 +27,9 @@ WARMUP_CHUNKS = 2  # nothing is compiled after the second chunk
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """One chunk: how many frames, and the clock when it was asked for, there, and written."""
+    """One chunk: how many frames, and the clock when it was asked for, there, and handed to the
+    writer.
+    """
 
     frames: int
     denoise_s: float

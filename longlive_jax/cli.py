@@ -186,8 +186,6 @@ def run_generate(values: flags.FlagValues, load: Load) -> None:
 
     changes = [events.parse("switch", text) for text in values.at]
     changes += [events.parse("cut", text) for text in values.cut]
-    if values.recache in events.MODES:
-        changes = [dataclasses.replace(change, mode=values.recache) for change in changes]
     request = Request(
         prompt=values.prompt,
         seconds=values.seconds,
@@ -200,6 +198,7 @@ def run_generate(values: flags.FlagValues, load: Load) -> None:
         image=path_of(values.image),
         video=path_of(values.video),
         script=path_of(values.script),
+        mode=values.recache if values.recache in events.MODES else None,
         stream=stream_choices(values),
         resume=path_of(values.resume),
         save=path_of(values["save-session"].value),
@@ -213,10 +212,13 @@ def run_generate(values: flags.FlagValues, load: Load) -> None:
 
 def stream_choices(values: flags.FlagValues) -> tuple[tuple[str, Any], ...]:
     """What the flags put in the place of values of the model's `StreamConfig`."""
-    chosen = {"form": values.recache, "sinks": values.sinks}
-    chosen = {k: v for k, v in chosen.items() if v in (*Recache.FORMS, *Recache.SINKS)}
-    rope = {} if values.rope is None else {"rope": values.rope}
-    return tuple((rope | ({"recache": Recache(**chosen)} if chosen else {})).items())
+    rereads = values.recache is None or values.recache in Recache.FORMS
+    if values.sinks and not rereads:
+        raise InputError(f"--sinks is about a memory that is re-read: not with {values.recache}")
+    how = {"form": values.recache, "sinks": values.sinks} if rereads else {}
+    how = {name: value for name, value in how.items() if value}
+    chosen = {"rope": values.rope, "recache": Recache(**how) if how else None}
+    return tuple((name, value) for name, value in chosen.items() if value)
 
 
 def path_of(value: str | None) -> pathlib.Path | None:

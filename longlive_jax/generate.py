@@ -48,13 +48,18 @@ def run(request: Request, drafts: Sequence[Draft], load: Load) -> None:
     console = Console(stderr=True, highlight=False)
     with console.status("loading the model"):
         model, session = _loaded(request, load)
-    stories = [draft.place(model.config, request.seconds) for draft in drafts]
+    stories = [_in_mode(d.place(model.config, request.seconds), request.mode) for d in drafts]
     for story in stories:
         check_timeline(story, model)
     reports = request.json and _beside(request.json, len(stories))
     for i, (story, path) in enumerate(zip(stories, request.outputs(len(stories)), strict=True)):
         job = dataclasses.replace(request, output=path, json=reports and reports[i])
         _make(job, story, session or _begun(job, story, model), console)
+
+
+def _in_mode(story: Story, mode: str | None) -> Story:
+    events = [dataclasses.replace(event, mode=mode or event.mode) for event in story.events]
+    return dataclasses.replace(story, events=tuple(events))
 
 
 def _loaded(request: Request, load: Load) -> tuple[Any, Any]:

@@ -44,16 +44,20 @@ def begin(
     cfg, text, given, notes = model.config, model.prompt_kv([prompt]), None, ()
     if image is not None:
         picture = media.read_image(image, cfg.height, cfg.width)
-        given, notes = _encode(model.vae, _floats(picture.frames)), (picture.note,)
+        given, notes = (
+            _encode(model.vae, _floats(picture.frames)),
+            tuple(filter(None, (picture.note,))),
+        )
     carry = coder.init_carry(model.vae, 1, cfg.height, cfg.width)
     state = State(rollout.begin(cfg, [seed], text.k.dtype), carry, text)
     position = Position(prompt=prompt, whole=prompt)
     if video is not None:
         clip = media.read_clip(video, cfg.height, cfg.width, cfg.fps)
         state, position, note = _continued(model, state, position, clip.frames)
-        notes = tuple(filter(None, (clip.note, note)))
+        notes = (clip.note, note)
     if vae_device is not None:
         state = State(state.rollout, jax.device_put(state.carry, vae_device), text)
+    notes = tuple(filter(None, notes))
     choices = dict(given=given, history=history, vae_device=vae_device, notes=notes, seed=seed)
     return Session(model, state, position, solver=model.solver(steps), **choices)
 

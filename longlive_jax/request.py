@@ -28,6 +28,7 @@ class Request:
     image: pathlib.Path | None = None  # what the video begins with
     video: pathlib.Path | None = None  # what it continues
     script: pathlib.Path | None = None  # stories in place of prompt and events
+    mode: str | None = None  # of every switch; None is its own
     stream: tuple[tuple[str, Any], ...] = ()  # values in place of the model's `config.stream`
     resume: pathlib.Path | None = None  # a saved session to continue
     save: pathlib.Path | None = None  # where to save the session at the end
@@ -60,8 +61,11 @@ class Request:
         seconds = story.SECONDS if self.seconds is None else self.seconds
         prompt, events = self.prompt.strip(), self.events
         if self.resume:
-            if self.image or self.video or self.seed is not None:
-                raise InputError("a saved session has its seed and its beginning: leave them out")
+            if self.image or self.video or (self.seed, self.steps) != (None, None):
+                raise InputError(
+                    "a saved session has its seed, steps and beginning: leave --seed, --steps,"
+                    " --image and --video out"
+                )
             events = (*((Event(0.0, "switch", prompt),) if prompt else ()), *events)
         elif not prompt:
             raise InputError(

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from longlive_jax import rollout, sampler, weights
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.model import Model, Origin, load
-from longlive_jax.session import Position, Receipt, Session, State
+from longlive_jax.session import Chunk, Made, Position, Receipt, Session, State
 from longlive_jax.vae import vae as coder
 
 FACTS, ARRAYS = "session.json", "arrays"
@@ -40,9 +40,11 @@ def write(session: Session, folder: str | os.PathLike) -> None:
         "solver": dataclasses.asdict(session.solver),
         "history": session.past.chunks,
         "seed": session.seed,
+        "last": session.last and dataclasses.asdict(session.last),
+        "ahead": [dataclasses.asdict(made.position) for made in session.ahead],
         "notes": session.notes,
     }
-    arrays = _arrays(session.home.read(), session.given, session.undelivered())
+    arrays = _arrays(session)
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     with weights.new_folder(folder) as stage:
         with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
@@ -53,10 +55,13 @@ def write(session: Session, folder: str | os.PathLike) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _arrays(state: State, given: Any, undelivered: Any) -> dict[str, Any]:
+def _arrays(session: Session) -> dict[str, Any]:
     """What is saved, as a tree of arrays. The prompt is encoded again."""
+    state = session.home.read()
     memory = dataclasses.replace(state.rollout, key=jax.random.key_data(state.rollout.key))
-    extras = {"given": given, "undelivered": undelivered}
+    extras = {"given": session.given, "rest": session.rest}
+    for i, made in enumerate(session.ahead):
+        extras[f"ahead_{i}"] = np.asarray(made.pixels)[made.row]
     return {
         "rollout": _named(memory),
         "carry": _named(state.carry),
@@ -116,10 +121,12 @@ def restore(
     folder = pathlib.Path(os.path.abspath(folder))
     facts = _facts(folder)
     try:
-        position = _position(facts["position"])
+        position = Position(**_changes(facts["position"]))
         steps = tuple(sampler.Step(**_tuples(step)) for step in facts["solver"]["steps"])
         fingerprint, notes = facts["fingerprint"], tuple(facts["notes"])
         history, seed = facts["history"], facts["seed"]
+        last = facts["last"] and Chunk(**_changes(facts["last"]))
+        ahead = [Position(**_changes(at)) for at in facts["ahead"]]
     except (KeyError, TypeError) as error:
         raise InputError(f"the session in {folder} cannot be read: {error}") from error
     made_by = origin(folder)
@@ -136,7 +143,10 @@ def restore(
     given = None if "given" not in arrays else jnp.asarray(arrays["given"])
     options = dict(given=given, history=history, vae_device=vae_device, notes=notes, seed=seed)
     session = Session(model, state, position, solver=sampler.Solver(steps), **options)
-    session.rest = arrays.get("undelivered")
+    session.rest, session.last = arrays.get("rest"), last
+    for i, at in enumerate(ahead):
+        pixels = arrays[f"ahead_{i}"][None]
+        session.ahead.append(Made(at, pixels, pixels, 0, 0.0))
     return session
 
 
@@ -171,9 +181,8 @@ def _state(model: Model, arrays: dict, position: Position, folder: pathlib.Path)
     return State(memory, carry, text)
 
 
-def _position(facts: dict) -> Position:
-    changes = tuple(Receipt(**change) for change in facts["changes"])
-    return Position(**(facts | {"changes": changes}))
+def _changes(fields: dict) -> dict:
+    return fields | {"changes": tuple(Receipt(**change) for change in fields["changes"])}
 
 
 def _tuples(fields: dict) -> dict:

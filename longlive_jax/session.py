@@ -73,9 +73,9 @@ class Chunk:
     """What the frames that were handed over last belong to."""
 
     index: int
-    frame: int  # of the video, the first one of the chunk
+    frame: int  # of the video, the first one of them
     prompt: str  # in force
-    changes: tuple[Receipt, ...]  # that begin with it
+    changes: tuple[Receipt, ...]  # that begin with them
     denoise_s: float  # seconds until its latents were there
 
 
@@ -95,8 +95,8 @@ class Made:
     """A chunk that is on its way."""
 
     position: Position  # when it was begun
-    latents: Latents
-    pixels: UInt8[Array, "b t H W 3"]
+    latents: Array  # b f h w c; there when denoising has ended
+    pixels: Array  # b t H W 3
     row: int
     begun: float
 
@@ -139,7 +139,7 @@ class Session:
         self.past = Past(history)
         self.given = given
         self._vae = model.vae if vae_device is None else jax.device_put(model.vae, vae_device)
-        self._ahead: collections.deque[Made] = collections.deque()
+        self.ahead: collections.deque[Made] = collections.deque()
         self.rest: UInt8[np.ndarray, "t H W 3"] | None = None
         self._ready = 0.0
         self._closed = False
@@ -155,7 +155,7 @@ class Session:
     def frame(self) -> int:
         """Frames of the video that have been handed over."""
         rest = 0 if self.rest is None else len(self.rest)
-        return self._frame_of(self.position.latents) - rest - sum(map(_length, self._ahead))
+        return self._frame_of(self.position.latents) - rest - sum(map(_length, self.ahead))
 
     @property
     def closed(self) -> bool:
@@ -164,7 +164,7 @@ class Session:
     def next_chunk(self) -> UInt8[np.ndarray, "t H W 3"]:
         """The next frames: as many as a chunk has, the first chunk of a video three fewer."""
         self._check_open()
-        if self.rest is None and not self._ahead:
+        if self.rest is None and not self.ahead:
             self.begin_chunk()
         return self._hand_over(None)
 
@@ -215,7 +215,7 @@ class Session:
         return self.switch(event.prompt, event.mode)
 
     def _undelivered(self) -> int:
-        return len(self._ahead) + (self.rest is not None)
+        return len(self.ahead) + (self.rest is not None)
 
     # Making.
 
@@ -253,7 +253,7 @@ class Session:
 
     def began(self, made: Made) -> None:
         """Notes that a chunk is on its way."""
-        self._ahead.append(made)
+        self.ahead.append(made)
         self.position = dataclasses.replace(
             self.position,
             chunk=self.position.chunk + 1,
@@ -268,15 +268,17 @@ class Session:
     def _hand_over(self, limit: int | None) -> UInt8[np.ndarray, "t H W 3"]:
         """The oldest frames that nobody has had, at most `limit`; waits for them."""
         if self.rest is None:
-            made = self._ahead[0]
+            made = self.ahead[0]
             jax.block_until_ready(made.latents)
             started, self._ready = max(made.begun, self._ready), time.perf_counter()
             self.rest = np.asarray(made.pixels)[made.row]
-            self._ahead.popleft()
+            self.ahead.popleft()
             at = made.position
             first = self._frame_of(at.latents)
             spent = self._ready - started
             self.last = Chunk(at.chunk, first, at.prompt, at.changes, spent)
+        else:  # the end of a chunk whose beginning is gone
+            self.last = dataclasses.replace(self.last, frame=self.frame, changes=(), denoise_s=0.0)
         limit = len(self.rest) if limit is None else limit
         frames, rest = self.rest[:limit], self.rest[limit:]
         self.rest = rest if len(rest) else None
@@ -373,7 +375,7 @@ class Session:
         choices = dict(solver=self.solver, given=self.given, vae_device=self.vae_device)
         other = Session(self.model, state, self.position, notes=self.notes, seed=seed, **choices)
         other.past = self.past.copy()
-        other.last, other.rest, other._ahead = self.last, self.rest, self._ahead.copy()
+        other.last, other.rest, other.ahead = self.last, self.rest, self.ahead.copy()
         return other
 
     def rewind(self, chunks: int = 1) -> None:
@@ -387,13 +389,13 @@ class Session:
         self._check_open()
         if chunks < 1:
             raise InputError(f"rewinding takes back at least 1 chunk, not {chunks}")
-        back = chunks + len(self._ahead)
+        back = chunks + len(self.ahead)
         if back > self.past.available:
-            kept = max(0, self.past.available - len(self._ahead))
+            kept = max(0, self.past.available - len(self.ahead))
             raise SessionError(
                 f"cannot rewind {chunks} chunks, {kept} are kept (history={self.past.chunks})"
             )
-        self._ahead.clear()
+        self.ahead.clear()
         self.rest = None
         state, self.position = self.past.take_back(back, self.home.read(), self.position)
         text = self.model.prompt_kv([self.position.whole])
@@ -411,21 +413,15 @@ class Session:
         self._check_open()
         saved.write(self, folder)
 
-    def undelivered_now(self) -> UInt8[np.ndarray, "t H W 3"]:
+    def hand_over_all(self) -> UInt8[np.ndarray, "t H W 3"]:
         """Hands over all frames that are made or on their way; waits for them."""
         frames = [self._hand_over(None) for _ in range(self._undelivered())]
         return frames[0] if len(frames) == 1 else np.concatenate(frames)
 
-    def undelivered(self) -> UInt8[np.ndarray, "t H W 3"] | None:
-        """A copy of the frames that are made, or on their way, and were not handed over."""
-        waiting = [np.asarray(made.pixels)[made.row] for made in self._ahead]
-        waiting = waiting if self.rest is None else [self.rest, *waiting]
-        return np.concatenate(waiting) if waiting else None
-
     def close(self) -> None:
         """Gives the memory back. A closed session does nothing more."""
         self._closed = True
-        self._ahead.clear()
+        self.ahead.clear()
         self.past = Past(0)
         self.home = Home(None)
 

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from longlive_jax import sampler, session
-from longlive_jax.config import WAN21_T2V_1_3B, WAN22_TI2V_5B
+from longlive_jax import rollout, sampler
+from longlive_jax.config import WAN21_T2V_1_3B, WAN22_TI2V_5B, Recache
 from longlive_jax.dit.model import DiT, TextKV
-from longlive_jax.vae.vae import VAE
 
 pytestmark = pytest.mark.aot
 
@@ -30,14 +29,13 @@ def described(tree, sharding):
 
 
 def begun(cfg, sharding):
-    """Abstract weights, a session, one prompt and the noise of one chunk."""
+    """Abstract weights, a rollout, one prompt and the noise of one chunk."""
     dit = nnx.eval_shape(lambda: DiT(cfg.dit, rngs=nnx.Rngs(0)))
-    vae = nnx.eval_shape(lambda: VAE(cfg.vae, rngs=nnx.Rngs(0)))
-    state = jax.eval_shape(lambda vae: session.begin(cfg, vae, 1, 0, jnp.bfloat16), vae)
+    memory = jax.eval_shape(lambda: rollout.begin(cfg, [0], jnp.bfloat16))
     shape = (cfg.dit.layers, 1, 1, cfg.dit.text_len, cfg.dit.heads, cfg.dit.head_dim)
     text = TextKV(*2 * [jax.ShapeDtypeStruct(shape, jnp.bfloat16)])
-    noise = jax.eval_shape(lambda state: session.noise(state, cfg.stream.chunk), state)
-    return described((dit, vae, state, text, noise), sharding)
+    noise = jax.eval_shape(lambda memory: rollout.noise(memory, cfg.stream.chunk), memory)
+    return described((dit, memory, text, noise), sharding)
 
 
 @pytest.mark.parametrize("gpu", ["h100", "b200", "rtx6000pro"])
@@ -52,9 +50,9 @@ def test_a_matrix_product_compiles(device, gpu):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_chunk_is_denoised_within_memory_and_in_place(device, gpu, name):
     cfg = PRESETS[name]
-    dit, _, state, text, noise = begun(cfg, device(gpu))
-    lowered = session.generate.lower(
-        dit, state, text, noise, stream=cfg.stream, solver=sampler.make(cfg.sampler)
+    dit, memory, text, noise = begun(cfg, device(gpu))
+    lowered = rollout.generate.lower(
+        dit, memory, text, noise, stream=cfg.stream, solver=sampler.make(cfg.sampler)
     )
     memory = lowered.compile().memory_analysis()
     assert memory.peak_memory_in_bytes < MEMORY[gpu]
@@ -63,11 +61,12 @@ def test_a_chunk_is_denoised_within_memory_and_in_place(device, gpu, name):
     assert memory.alias_size_in_bytes >= window
 
 
-@pytest.mark.parametrize("name", [WAN21_T2V_1_3B.name])
-def test_a_window_is_recached_within_memory(device, name):
-    cfg = PRESETS[name]
+@pytest.mark.parametrize("sinks", Recache.SINKS)
+def test_a_window_is_recached_within_memory(device, sinks):
+    cfg = WAN21_T2V_1_3B
     sharding = device("h100")
-    dit, _, state, text, _ = begun(cfg, sharding)
+    dit, memory, text, _ = begun(cfg, sharding)
     rows = jax.ShapeDtypeStruct((1,), jnp.bool_, sharding=sharding)
-    compiled = session.recache.lower(dit, state, text, rows, stream=cfg.stream).compile()
+    how = dict(stream=cfg.stream, how=Recache(sinks=sinks))
+    compiled = rollout.recache.lower(dit, memory, text, rows, **how).compile()
     assert compiled.memory_analysis().peak_memory_in_bytes < MEMORY["h100"]
