@@ -12,7 +12,7 @@ import streams
 import wan
 
 from longlive_jax import sampler
-from longlive_jax.config import SamplerConfig, StreamConfig
+from longlive_jax.config import Recache, SamplerConfig, StreamConfig
 from longlive_jax.convert import wan_dit
 from longlive_jax.convert.table import export
 from longlive_jax.dit import cache as slots
@@ -23,6 +23,13 @@ from longlive_jax.flow import Flow
 
 LONGLIVE1 = dataclasses.replace(wan.LONGLIVE2, text_len=14, freq_dim=32)
 A, B, B2, C = "A_train_forward", "B_kv_cache", "B2_kv_cache_variants", "C_causal_inference"
+D, D2, D3, D4 = (
+    "D_interactive_global_sink",
+    "D2_interactive_no_global_sink",
+    "D3_interactive_infinity",
+    "D4_switch_pipeline",
+)
+E = "E_kv_cache_infinity"
 CHUNK, TOKENS = 3, streams.TOKENS
 
 
@@ -162,7 +169,8 @@ def test_A_train_forward_masks_window_of_a_chunk_cut_short():
     assert ours[6].tolist() == [False] + [True] * 6
 
 
-# Calls over the rolling cache: B and B2. All run with two rows, so that they share a compilation.
+# Calls over the rolling cache: B, B2 and, with relative positions, E. All run with two rows, so
+# that they share a compilation.
 
 
 def as_we_do(number, taken, cache):
@@ -177,7 +185,7 @@ def stream_of(case, prefix, window, sink, rule=as_we_do):
     x, t = (two_rows(arrays[f"in/{prefix}{name}"]) for name in ("x", "timestep"))
     text = streams.text(dit, jnp.asarray(two_rows(arrays[f"in/{prefix}prompt_embeds"], 0)))
     cache = slots.empty(dit.cfg, StreamConfig(CHUNK, window, sink), 2, TOKENS)
-    calls = []
+    calls, relative = [], case == E
     starts = arrays[f"in/{prefix}start_frame"].tolist()
     x, t = jnp.asarray(np.moveaxis(x, -3, -1)), jnp.asarray(t)
     for number, start in enumerate(starts):
@@ -185,10 +193,12 @@ def stream_of(case, prefix, window, sink, rule=as_we_do):
             labels = jnp.int32(start), jnp.int32(start // CHUNK)
             taken, cache = streams.claim(cache, *labels, frames=CHUNK, sink=sink)
             previous = start
-        position = jnp.broadcast_to(start + jnp.arange(CHUNK, dtype=jnp.float32), (2, CHUNK))
+        position = (slots.rank(cache) if relative else cache.frame).astype(jnp.float32)
+        own = jnp.take_along_axis(position, taken, 1)
         written, seen = rule(number, taken, cache)
         now = x[number], t[number]
-        v, cache = streams.call(dit, cache, written, seen, position, *now, text)
+        inputs = dit, cache, written, seen, own, *now, text, position if relative else None
+        v, cache = streams.call(*inputs)
         calls.append((v, Flow(5.0).to_x0(v, *now), cache))
     return calls, text
 
@@ -202,29 +212,30 @@ def kept(frames, size, sink):
     return [*range(min(sink, frames)), *range(max(sink, frames - size + sink), frames)]
 
 
-def close_by_frame(cache, ours, case, name, frames, part=np.s_[:]):
+def close_by_frame(cache, ours, case, name, frames, part=np.s_[:], tokens=TOKENS):
     """Compares keys or values, layers b slots …; `frames` are those in the reference's cache.
 
     part: of the reference's array, where it is not layers b tokens a d.
     """
     theirs, atol = read(case)[f"out/{name}"][part], tolerances(case)[f"out/{name}"]["atol"]
-    theirs = theirs.reshape(*theirs.shape[:2], -1, TOKENS, *theirs.shape[-2:])
+    theirs = theirs.reshape(*theirs.shape[:2], -1, tokens, *theirs.shape[-2:])
     for row in range(theirs.shape[1]):
         for frame, value in streams.by_frame(cache, ours, row).items():
             expected = theirs[:, row, frames.index(frame)]
             np.testing.assert_allclose(value[: len(theirs)], expected, atol=atol, rtol=0)
 
 
-VARIANTS = {  # prefix of the arrays: file, window, sink, frames in the reference's cache
-    "": (B, 12, 3, 12),
-    "train_": (B2, 6, 3, 9),
-    "global_": (B2, 12, 0, 12),
+VARIANTS = {  # file and prefix of the arrays: window, sink, frames in the reference's cache
+    (B, ""): (12, 3, 12),
+    (B2, "train_"): (6, 3, 9),
+    (B2, "global_"): (12, 0, 12),
+    (E, ""): (6, 3, 6),
 }
 
 
-@pytest.mark.parametrize("prefix", VARIANTS, ids=lambda p: f"{VARIANTS[p][0]}-{p}")
-def test_cached_calls(prefix):
-    case, window, sink, size = VARIANTS[prefix]
+@pytest.mark.parametrize("case, prefix", VARIANTS)
+def test_cached_calls(case, prefix):
+    window, sink, size = VARIANTS[case, prefix]
     calls, text = stream_of(case, prefix, window, sink)
     rows = read(case)[f"out/{prefix}flow"].shape[1]
     v, x0 = (np.moveaxis(np.stack(x), -1, -3) for x in list(zip(*calls, strict=True))[:2])
@@ -286,10 +297,10 @@ def test_B2_kv_cache_variants_odd_sink_is_clean_in_ours():
 
 @pytest.mark.parametrize("kind", ["protect", "rewrite"])
 def test_B_kv_cache_recache_without_a_mask(kind):
-    """The reference's recache lets the re-read frames see each other both ways; ours is causal.
+    """The reference's recache lets the re-read frames see each other both ways; here it is a call
+    over the table, for its velocities.
 
-    The slot table can say either. Both re-read frames 9 … 20; `protect` keeps the old sinks in the
-    place of the first three.
+    Both re-read frames 9 … 20; `protect` keeps the old sinks in the place of the first three.
     """
     dit, arrays, old = model(B), read(B), stream_of(B, "", 12, 3)[0][-1][-1]
     sinks = np.argsort(np.asarray(old.frame[0]))[:CHUNK]
@@ -308,16 +319,51 @@ def test_B_kv_cache_recache_without_a_mask(kind):
     close_by_frame(cache, cache.k, B, f"recache_{kind}_cache_k", held)
 
 
-# Whole videos: C.
+def zeroed(video):
+    """With empty sinks: the reference empties all before a recache, also one that writes none."""
+    cache = video.cache
+    sinks = slots.is_sink(cache, CHUNK)[None, :, :, None, None, None]
+    k, v = (jnp.where(sinks, 0.0, x) for x in (cache.k, cache.v))
+    return dataclasses.replace(video, cache=dataclasses.replace(cache, k=k, v=v))
+
+
+FIRST, KEEP, WINDOW = (Recache("bidirectional", sinks) for sinks in ("first", "keep", "window"))
+RECACHES = {"protect": KEEP, "rewrite": WINDOW, "zeroed_no_rewrite": KEEP}
+
+
+@pytest.mark.parametrize("kind", RECACHES)
+def test_E_kv_cache_infinity_recache(kind):
+    """After the last call frames 18 … 23 are re-read."""
+    dit, arrays, stream = model(B), read(E), StreamConfig(CHUNK, 6, CHUNK, rope="relative")
+    x = np.moveaxis(two_rows(arrays["in/recache_x"], 0), -3, -1)
+    latents = np.pad(x, ((0, 0), (CHUNK, 0), *[(0, 0)] * 3))  # none of the old sinks
+    frames = jnp.broadcast_to(jnp.asarray([0, 1, 2, *range(18, 24)], jnp.int32), (2, 9))
+    held = slots.Held(frames, frames // CHUNK, jnp.zeros_like(frames), jnp.asarray(latents))
+    cache = stream_of(E, "", 6, CHUNK)[0][-1][-1]
+    video = streams.begin(dit, stream, SAMPLER, batch=2)
+    video = dataclasses.replace(video, cache=cache, held=held)
+    video = zeroed(video) if kind == "zeroed_no_rewrite" else video
+    text = streams.text(dit, jnp.asarray(two_rows(arrays["in/recache_prompt_embeds"], 0)))
+    choices = dict(stream=stream, how=RECACHES[kind])
+    cache = streams.recache(dit, video, text, jnp.ones(2, bool), **choices).cache
+    order = [*range(18, 24)] if kind == "rewrite" else [0, 1, 2, 21, 22, 23]
+    assert streams.attended(cache) == [order] * 2
+    close_by_frame(cache, cache.k, E, f"recache_{kind}_cache_k", order)
+
+
+# Whole videos: C, and D with prompts that change.
 
 STREAM = StreamConfig(CHUNK, window=12, sink=3)
 SAMPLER = SamplerConfig("renoise", steps=4, shift=5.0, timesteps=(1000, 750, 500, 250))
 
 
-@pytest.mark.parametrize("prefix", ["", "global_"], ids=lambda p: f"{C}-{p}")
+@pytest.mark.parametrize("prefix", ["", "global_", "inf_"], ids=lambda p: f"{C}-{p}")
 def test_latents(prefix):
-    """`global_` attends everything, as our window does while the video is shorter than it."""
+    """`global_` attends everything, as our window does while the video is shorter than it; `inf_`
+    has relative positions.
+    """
     dit, arrays, solver = model(C), read(C), sampler.make(SAMPLER)
+    stream = dataclasses.replace(STREAM, rope="relative" if prefix == "inf_" else "absolute")
     noise = arrays[f"in/{prefix}noise"]  # b f c h w
     rows, frames, *picture = noise.shape
     draws = arrays[f"in/{prefix}renoise"].reshape(
@@ -327,12 +373,95 @@ def test_latents(prefix):
     noise, draws = both(noise, 0), both(draws, 2)
     prompts = np.repeat(arrays["in/prompt_embeds"][:rows], 2 // rows, 0)
     text = streams.text(dit, jnp.asarray(prompts))
-    video, latents = streams.begin(dit, STREAM, SAMPLER, batch=2), []
+    video, latents = streams.begin(dit, stream, SAMPLER, batch=2), []
     for chunk, renoise in enumerate(draws):
         first = noise[:, chunk * CHUNK : (chunk + 1) * CHUNK]
         inputs = dit, video, text, first, renoise
-        video, out = streams.denoise(*inputs, stream=STREAM, solver=solver)
+        video, out = streams.denoise(*inputs, stream=stream, solver=solver)
         latents.append(np.moveaxis(np.asarray(out[:rows]), -1, -3))
     close(np.concatenate(latents, 1), C, f"{prefix}latents")
     held = kept(frames, STREAM.window, STREAM.sink)
     close_by_frame(video.cache, video.cache.k, C, f"{prefix}cache_k_final", held)
+
+
+def switched(switches, rope="absolute", before=lambda video: video):
+    """The latents b f c h w of D's noise, 27 frames in a window of 9, and the cache at the end.
+
+    switches: first frame under the next prompt -> how its recache is done. before: what happens to
+    the memory right before.
+    """
+    dit, arrays, solver = model(C), read(D), sampler.make(SAMPLER)
+    stream = StreamConfig(CHUNK, window=9, sink=CHUNK, rope=rope)
+    noise, draws = (np.moveaxis(arrays[f"in/{name}"], -3, -1) for name in ("noise", "renoise"))
+    draws = draws.reshape(-1, 3, 1, CHUNK, *draws.shape[2:])  # chunk step b f h w c
+    texts = [
+        streams.text(dit, jnp.asarray(arrays[f"in/prompt_embeds_seg{segment}"]))
+        for segment in range(len(switches) + 1)
+    ]
+    video = streams.begin(dit, stream, SAMPLER, grid=noise.shape[2:4])
+    text, latents = texts.pop(0), []
+    for start, renoise in zip(range(0, 27, CHUNK), draws, strict=True):
+        if start in switches:
+            text, choices = texts.pop(0), dict(stream=stream, how=switches[start])
+            video = streams.recache(dit, before(video), text, jnp.ones(1, bool), **choices)
+        first = jnp.asarray(noise[:, start : start + CHUNK])
+        inputs = dit, video, text, first, jnp.asarray(renoise)
+        video, out = streams.denoise(*inputs, stream=stream, solver=solver)
+        latents.append(np.moveaxis(np.asarray(out), -1, -3))
+    return np.concatenate(latents, 1), video.cache
+
+
+NEWEST = [*range(21, 27)]
+SWITCHES = {  # first frames under a new prompt and how they are prepared, sinks at the end
+    D: ({6: FIRST, 18: KEEP}, [0, 1, 2], "absolute"),
+    D2: ({6: WINDOW, 18: WINDOW}, [9, 10, 11], "absolute"),
+    D3: ({6: FIRST, 18: KEEP}, [0, 1, 2], "relative"),
+}
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_switches(case):
+    """In D and D3 the reference writes the sink anew at the first switch: the video is still within
+    its window.
+    """
+    switches, sinks, rope = SWITCHES[case]
+    latents, cache = switched(switches, rope)
+    close(latents, case, "latents")
+    assert streams.attended(cache) == [sinks + NEWEST]
+    close_by_frame(cache, cache.k, case, "cache_k_final", sinks + NEWEST, tokens=12)
+
+
+def differs(latents, case) -> list[int]:
+    """First frames of the chunks that are not those of the reference."""
+    theirs, atol = read(case)["out/latents"], tolerances(case)["out/latents"]["atol"]
+    apart = np.abs(latents - theirs).max((0, 2, 3, 4)) > atol
+    return [start for start in range(0, 27, CHUNK) if apart[start : start + CHUNK].any()]
+
+
+def test_D_interactive_global_sink_is_kept_at_the_first_switch_in_ours():
+    """Its keys are then those of a video without a switch, and chunks differ from there on."""
+    latents, cache = switched({6: KEEP, 18: KEEP})
+    assert differs(latents, D) == [*range(6, 27, CHUNK)]
+    plain = switched({})[1]
+    ours, before = (streams.by_frame(c, c.k) for c in (cache, plain))
+    assert all(np.array_equal(ours[frame], before[frame]) for frame in range(CHUNK))
+
+
+def test_D4_switch_pipeline():
+    """The reference empties its sinks, does not write them, and attends them."""
+    latents, cache = switched({18: KEEP}, before=zeroed)
+    close(latents, D4, "latents")
+    close_by_frame(cache, cache.k, D4, "cache_k_final", [0, 1, 2, *NEWEST], tokens=12)
+    ours = streams.by_frame(cache, cache.k)
+    assert not any(ours[frame].any() for frame in range(CHUNK))
+
+
+def test_D4_switch_pipeline_has_sinks_in_ours():
+    """They are the oldest frames of the window, as in D2, whatever the memory held before."""
+    latents, cache = switched({18: WINDOW})
+    assert differs(latents, D4) == [18, 21, 24]
+    assert streams.attended(cache) == [[9, 10, 11, *NEWEST]]
+    keys = streams.by_frame(cache, cache.k)
+    assert all(np.abs(key).max((2, 3)).min() > 0.1 for key in keys.values())
+    again, _ = switched({18: WINDOW}, before=zeroed)
+    np.testing.assert_array_equal(again, latents)
