@@ -68,6 +68,7 @@ setup(
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "av>=17",
+        "grain>=0.2.18",
         "rich>=13",
     ],
     extras_require=EXTRAS,

@@ -61,9 +61,9 @@ def read_image(source: Source, height: int, width: int) -> Picture:
     """
     if isinstance(source, np.ndarray):
         frame = _frame(_checked(source, "a picture", "H W 3"))
-        pixels, note = _fit(frame, "the picture", height, width)
+        pixels, note = fit(frame, "the picture", height, width)
     else:
-        with _video(source, "picture") as (container, stream):
+        with open_video(source, "picture") as (container, stream):
             if stream.codec_context.name == "mjpeg":  # else half a JPEG passes
                 stream.codec_context.options = {"err_detect": "explode"}
             decoded = _whole(source, container.decode(stream))
@@ -74,7 +74,7 @@ def read_image(source: Source, height: int, width: int) -> Picture:
             jpeg = container.format.name in ("jpeg_pipe", "mjpeg")
             if not jpeg and next(decoded, None) is not None:
                 raise InputError(f"{source} holds more than one picture")
-            pixels, note = _fit(frame, str(source), height, width, _turn(frame))
+            pixels, note = fit(frame, str(source), height, width, turn_of(frame))
     return Picture(pixels[None], note)
 
 
@@ -98,17 +98,17 @@ def read_clip(
     fitted: list[tuple[np.ndarray, str]] = []
     if isinstance(source, np.ndarray):
         for pixels in _checked(source, "a clip", "t H W 3")[:frames]:
-            fitted.append(_fit(_frame(pixels), "the clip", height, width))
+            fitted.append(fit(_frame(pixels), "the clip", height, width))
         return Clip(np.stack([pixels for pixels, _ in fitted]), fitted[0][1])
-    with _video(source, "video") as (container, stream):
+    with open_video(source, "video") as (container, stream):
         stream.thread_type = "AUTO"
         turn, pixel = None, Fraction(stream.sample_aspect_ratio or 1)
         decoded = _whole(source, container.decode(stream))
         for frame, count in _in_force(decoded, fps):
             if turn is None:
-                turn = _turn(frame)
+                turn = turn_of(frame)
             if count:
-                fitted += [_fit(frame, str(source), height, width, turn, pixel)] * count
+                fitted += [fit(frame, str(source), height, width, turn, pixel)] * count
             if frames is not None and len(fitted) >= frames:
                 break
         rate = stream.average_rate
@@ -120,7 +120,7 @@ def read_clip(
 
 
 @contextlib.contextmanager
-def _video(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Any, Any]]:
+def open_video(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Any, Any]]:
     """The opened file and its video stream."""
     lenient = {"metadata_errors": "replace"}  # titles that are not UTF-8 are no reason to fail
     try:
@@ -186,7 +186,7 @@ def _frame(pixels: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
 
 
-def _turn(frame: av.VideoFrame) -> Turn:
+def turn_of(frame: av.VideoFrame) -> Turn:
     """What makes it upright, mirrored or not, by its display matrix."""
     graph = av.filter.Graph()
     source = graph.add_buffer(
@@ -217,7 +217,7 @@ def _opaque(frame: av.VideoFrame, options: dict) -> tuple[av.VideoFrame, bool]:
     return _frame(((rgb * alpha + 127) // 255).astype(np.uint8)), bool((alpha < 255).any())
 
 
-def _fit(
+def fit(
     frame: av.VideoFrame,
     name: str,
     height: int,

@@ -19,6 +19,7 @@ from longlive_jax.dit.rope import rotate
 
 Heads = Float[Array, "b n a d"]
 Keys = Float[Array, "b m a d"]
+Table = tuple[tuple[bool, ...], ...]  # rows of a boolean table: query frame, key frame
 
 
 def attend(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "b n m"] | None = None) -> Heads:
@@ -43,37 +44,46 @@ class Masked:
     bidirectional models.
 
     Frames with the same visible keys are computed together over just those keys, so empty tiles
-    cost nothing. table: rows of the boolean table, as nested tuples. angles: b n p.
+    cost nothing.
     """
 
     angles: Float[Array, "b n p"]
-    table: tuple[tuple[bool, ...], ...]
+    table: Table
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
         q, k = rotate(q, self.angles), rotate(k, self.angles)
-        starts = _pieces(self.table)
-        tokens = q.shape[1] // len(self.table)
-        cut = [start * tokens for start in starts[1:]]
-        # Split once and joined again, not indexed: the gradient is then a concatenation and a few
-        # sums.
-        q, k, v = (jnp.split(x, cut, axis=1) for x in (q, k, v))
-        out = []
-        for piece, start in zip(q, starts, strict=True):
-            seen = [i for i, other in enumerate(starts) if self.table[start][other]]
-            keys, values = (jnp.concatenate([x[i] for i in seen], 1) for x in (k, v))
-            out.append(attend(piece, keys, values))
-        return jnp.concatenate(out, 1), None
+        return by_table(q, k, v, self.table), None
 
 
-def _pieces(table: tuple[tuple[bool, ...], ...]) -> list[int]:
+def by_table(q: Heads, k: Heads, v: Heads, table: Table) -> Heads:
+    """Attention of rotated queries and keys under a table over latent frames."""
+    starts = _pieces(table)
+    tokens = q.shape[1] // len(table)
+    cut = [start * tokens for start in starts[1:]]
+    # Split once and joined again, not indexed: the gradient is then a concatenation and a few
+    # sums.
+    q, k, v = (jnp.split(x, cut, axis=1) for x in (q, k, v))
+    out = []
+    for piece, start in zip(q, starts, strict=True):
+        seen = [i for i, other in enumerate(starts) if table[start][other]]
+        keys, values = (jnp.concatenate([x[i] for i in seen], 1) for x in (k, v))
+        out.append(attend(piece, keys, values))
+    return jnp.concatenate(out, 1)
+
+
+def _pieces(table: Table) -> list[int]:
     """First frames of the maximal runs whose rows and whose columns are equal."""
     columns = tuple(zip(*table, strict=True))
     same = [table[i] == table[i - 1] and columns[i] == columns[i - 1] for i in range(1, len(table))]
     return [0, *(i for i, equal in enumerate(same, 1) if not equal)]
 
 
+def as_table(table: np.ndarray) -> Table:
+    return tuple(tuple(bool(x) for x in row) for row in table)
+
+
 def masked(table: np.ndarray, angles: Float[Array, "b n p"]) -> Masked:
-    return Masked(angles, tuple(tuple(bool(x) for x in row) for row in table))
+    return Masked(angles, as_table(table))
 
 
 @jax.tree_util.register_dataclass

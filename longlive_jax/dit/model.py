@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from longlive_jax.config import DiTConfig
 from longlive_jax.dit.attention import attend
@@ -24,6 +24,12 @@ from longlive_jax.layers import LayerNorm, Linear, RMSNorm, layer_norm
 
 Attn = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 Tokens = Float[Array, "b n e"]
+# What a block keeps for its gradient; what it does not keep is computed again.
+REMAT = {
+    "all": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -31,12 +37,22 @@ Tokens = Float[Array, "b n e"]
 class TextKV:
     """Cross-attention keys and values of every layer, computed once per prompt.
 
-    The tokens of a sequence are cut into `s` equal segments; segment i attends prompt i. One
-    prompt: s = 1.
+    The tokens of a sequence are cut into `s` equal segments, and segment i attends prompt i; or the
+    prompt that `segment` names, where there are fewer prompts than segments.
     """
 
-    k: Float[Array, "*layers b s l a d"]
-    v: Float[Array, "*layers b s l a d"]
+    k: Float[Array, "*layers b p l a d"]
+    v: Float[Array, "*layers b p l a d"]
+    segment: Int[Array, "*layers b s"] | None = None
+
+    def of_segments(self) -> tuple[Array, Array]:
+        """Keys and values of one layer, b s l a d. Whole prompts are picked: their gradient is a
+        few large additions.
+        """
+        if self.segment is None:
+            return self.k, self.v
+        pick = jax.vmap(lambda x, segment: x[segment])
+        return pick(self.k, self.segment), pick(self.v, self.segment)
 
 
 def sinusoid(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b dim"]:
@@ -110,9 +126,10 @@ class Block(nnx.Module):
         return x + gate(h, open2), state
 
     def _cross(self, x: Tokens, text: TextKV) -> Tokens:
-        b, s = text.k.shape[:2]
+        k, v = text.of_segments()
+        b, s = k.shape[:2]
         q = self.cross_attn.queries(x.reshape(b * s, -1, x.shape[-1]))
-        k, v = (y.reshape(b * s, *y.shape[2:]) for y in (text.k, text.v))
+        k, v = (y.reshape(b * s, *y.shape[2:]) for y in (k, v))
         return self.cross_attn.out(attend(q, k, v)).reshape(x.shape)
 
     def text_kv(self, text: Float[Array, "b s l c"]) -> TextKV:
@@ -145,10 +162,13 @@ class DiT(nnx.Module):
         text: TextKV,
         attn: Attn,
         state: Any = None,
+        *,
+        remat: str = "dots",
     ) -> tuple[Float[Array, "b f h w c"], Any]:
         """Velocity and the state that `attn` leaves.
 
         t: timesteps in 0 … 1000; m is 1, the number of latent frames, or the number of tokens.
+        remat: what a block keeps for its gradient, one of `REMAT`.
         """
         grid = tuple(n // p for n, p in zip(latents.shape[1:4], self.cfg.patch, strict=True))
         x = self.patch_embedding(self.patchify(latents))  # b n e
@@ -156,7 +176,7 @@ class DiT(nnx.Module):
         projected = self.time_projection(jax.nn.silu(time))
         projected = rearrange(projected, "b m (six e) -> b m six e", six=6)
 
-        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+        @functools.partial(jax.checkpoint, policy=REMAT[remat])
         def body(carry, layer):
             block, kv = layer
             return block(carry[0], projected, kv, attn, carry[1]), None

@@ -26,9 +26,11 @@ class OptimizerConfig:
     decay: float = 0.6  # share of the steps that decay
     floor: float = 0.02
     weight_decay: float = 1e-3
+    b1: float = 0.9
     b2: float = 0.98
     clip: float = 1.0
     ema: float = 0.998
+    ema_start: int = 0  # the average follows the weights themselves before this step
 
     def schedule(self, peak: float) -> optax.Schedule:
         plateau = max(int(self.steps * (1 - self.decay)), self.warmup)
@@ -66,7 +68,7 @@ def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     rate = cfg.schedule(cfg.learning_rate)
     if cfg.kind == "adamw":
         return optax.chain(
-            clip, optax.adamw(rate, b1=0.9, b2=cfg.b2, weight_decay=cfg.weight_decay)
+            clip, optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
         )
     if cfg.kind == "muon":
         adam = cfg.schedule(cfg.learning_rate * cfg.adam_ratio)
@@ -94,7 +96,7 @@ def update(state: TrainState, gradients: Weights, cfg: OptimizerConfig) -> Train
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
         updates, opt = optimizer(cfg).update(gradients, state.optimizer, state.weights)
     weights = optax.apply_updates(state.weights, updates)
-    age = state.step.astype(jnp.float32)
-    decay = jnp.minimum(cfg.ema, (1.0 + age) / (10.0 + age))
+    age = (state.step - cfg.ema_start).astype(jnp.float32)
+    decay = jnp.where(age < 0, 0.0, jnp.minimum(cfg.ema, (1.0 + age) / (10.0 + age)))
     ema = jax.tree.map(lambda e, w: e + (1.0 - decay) * (w - e), state.ema, weights)
     return TrainState(state.step + 1, weights, ema, opt)

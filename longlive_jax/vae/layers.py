@@ -4,10 +4,14 @@ must.
 Every layer is called as `layer(x, carry, first) -> (y, carry)`. A carry of None means that the
 video starts here; `first` says so to the layers that treat a video's first frame apart. Any number
 of frames may be passed at once.
+
+`before`, `present` and `alone` are all that the layers ask of a carry. It need not be remembered
+frames: a type that gets them elsewhere registers its own, and one value of it serves all layers.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -27,11 +31,34 @@ _SAME = ((1, 1), (1, 1))
 _CORNER = ((0, 1), (0, 1))  # the strided convolution pads on the right and at the bottom only
 
 
-def extend(x: Video, carry: Video | None, frames: int) -> Video:
-    """The `frames` remembered frames (zeros at a video's start) in front of x."""
-    if carry is None:
-        carry = jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
-    return jnp.concatenate([carry, x], 1)
+@functools.singledispatch
+def before(carry: Any, x: Video, frames: int) -> Video:
+    """The `frames` frames before x: what is remembered, zeros at a video's start."""
+    return jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype) if carry is None else carry
+
+
+@functools.singledispatch
+def present(carry: Any, x: Video) -> Video:
+    """x, with zeros for those of its frames that lie before the video. Here there are none."""
+    del carry
+    return x
+
+
+@functools.singledispatch
+def alone(carry: Any, x: Video, y: Video) -> Video:
+    """y, which merges frames of x, with the video's first frame as it was. Here it is not in x."""
+    del carry, x
+    return y
+
+
+def extend(x: Video, carry: Carry, frames: int) -> Video:
+    """The `frames` frames before x in front of it."""
+    return jnp.concatenate([before(carry, x, frames), present(carry, x)], 1)
+
+
+def parts(carry: Carry, count: int) -> tuple[Carry, ...]:
+    """The carries of `count` layers inside; what is not a tuple of them is each one's."""
+    return carry if isinstance(carry, tuple) else (carry,) * count
 
 
 def tail(x: Video, frames: int) -> Video:
@@ -133,10 +160,10 @@ class ResBlock(nnx.Module):
         self.shortcut = None if inputs == outputs else Linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, x: Video, carry: Carry, first: bool) -> tuple[Video, Carry]:
-        before, after = carry or (None, None)
-        y, before = self.conv_in(jax.nn.silu(self.norm_in(x)), before, first)
-        y, after = self.conv_out(jax.nn.silu(self.norm_out(y)), after, first)
-        return y + (x if self.shortcut is None else self.shortcut(x)), (before, after)
+        one, two = parts(carry, 2)
+        y, one = self.conv_in(jax.nn.silu(self.norm_in(x)), one, first)
+        y, two = self.conv_out(jax.nn.silu(self.norm_out(y)), two, first)
+        return y + (x if self.shortcut is None else self.shortcut(x)), (one, two)
 
 
 class FrameAttention(nnx.Module):
@@ -176,7 +203,8 @@ class Down(nnx.Module):
             return x, carry
         whole = x if first else extend(x, carry, 1)
         y = self.time_conv(taps(whole, 3, self.time))
-        return jnp.concatenate([x[:, :1], y], 1) if first else y, tail(x, 1)
+        y = jnp.concatenate([x[:, :1], y], 1) if first else alone(carry, x, y)
+        return y, tail(x, 1)
 
 
 class Up(nnx.Module):
@@ -208,7 +236,7 @@ class Up(nnx.Module):
 def chain(layers, x: Video, carry: Carry, first: bool) -> tuple[Video, Carry]:
     """The layers one after the other, each with its own part of the carry."""
     carries = []
-    for layer, part in zip(layers, carry or (None,) * len(layers), strict=True):
+    for layer, part in zip(layers, parts(carry, len(layers)), strict=True):
         x, part = layer(x, part, first)
         carries.append(part)
     return x, tuple(carries)
@@ -242,5 +270,5 @@ class Level(nnx.Module):
         self.shortcut = shortcut
 
     def __call__(self, x: Video, carry: Carry, first: bool) -> tuple[Video, Carry]:
-        y, carry = chain(self.layers, x, carry, first)
-        return y if self.shortcut is None else y + self.shortcut(x, first), carry
+        y, after = chain(self.layers, x, carry, first)
+        return y if self.shortcut is None else y + self.shortcut(present(carry, x), first), after

@@ -1,0 +1,47 @@
+"""Attention of a sequence that is spread over devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from longlive_jax.dit.attention import Heads, Table, by_table
+from longlive_jax.dit.rope import rotate
+from longlive_jax.sharding import BATCH, SEQ
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table", "mesh"]
+)
+@dataclasses.dataclass(frozen=True)
+class Ulysses:
+    """Attention under a table, by the exchange of DeepSpeed-Ulysses (arXiv 2309.14509; LongLive 2.0
+    section 2.1, `distributed/sequence_parallel.py`).
+
+    Each device rotates its own tokens. One exchange of q, k and v together turns all heads of its
+    tokens into its heads of all tokens, one more turns the result back. The gathered order is used
+    as it is: `table` and `angles` are in that order.
+    """
+
+    angles: Float[Array, "b n p"]
+    table: Table
+    mesh: Mesh
+
+    def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
+        tokens = PartitionSpec(BATCH, SEQ)
+        local = functools.partial(_local, table=self.table)
+        run = jax.shard_map(local, mesh=self.mesh, in_specs=(tokens,) * 4, out_specs=tokens)
+        return run(q, k, v, self.angles), None
+
+
+def _local(q: Array, k: Array, v: Array, angles: Array, *, table: Table) -> Array:
+    """On one device: b n/ranks a d of every operand."""
+    exchange = functools.partial(jax.lax.all_to_all, axis_name=SEQ, tiled=True)
+    qkv = jnp.stack([rotate(q, angles), rotate(k, angles), v])
+    q, k, v = exchange(qkv, split_axis=3, concat_axis=2)  # b n a/ranks d
+    return exchange(by_table(q, k, v, table), split_axis=1, concat_axis=2)

@@ -1,0 +1,56 @@
+"""Where arrays lie on several devices: one mesh of three axes, and the rules for it.
+
+data   different videos; every device has all weights
+fsdp   different videos; every device has a part of each weight
+seq    different parts of the same videos (sequence parallel)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from longlive_jax.errors import InputError
+
+DATA, FSDP, SEQ = AXES = ("data", "fsdp", "seq")
+BATCH = (DATA, FSDP)  # both hold different videos
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, *, devices=None) -> Mesh:
+    """A mesh of data x fsdp x seq devices, neighbours in `seq` side by side.
+
+    Raises InputError where there are not as many devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data * fsdp * seq > len(devices):
+        raise InputError(
+            f"a mesh of {data} x {fsdp} x {seq} needs {data * fsdp * seq} devices, there are"
+            f" {len(devices)}"
+        )
+    shape, used = (data, fsdp, seq), devices[: data * fsdp * seq]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+
+
+def frames(x: Array, mesh: Mesh) -> Array:
+    """Says that b f … is spread over videos and over time."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH, SEQ)))
+
+
+def of_weight(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """A parameter's place: its largest axis that divides is spread over `fsdp`. The leading axis of
+    stacked blocks is left whole: a layer is gathered when its turn comes.
+    """
+    parts, first = mesh.shape[FSDP], int(".blocks." in f".{name}")
+    fitting = [i for i in range(first, len(shape)) if shape[i] % parts == 0]
+    axes: list[str | None] = [None] * len(shape)
+    if fitting and parts > 1:
+        axes[max(fitting, key=lambda i: shape[i])] = FSDP
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def of_weights(weights: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
+    """The place of every parameter, by name."""
+    return {name: of_weight(name, tuple(x.shape), mesh) for name, x in weights.items()}
