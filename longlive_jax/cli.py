@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import signal
@@ -28,11 +29,15 @@ HELP = ("-h", "--help", "help")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does, its flags, and the function that they are handed to."""
+    """A subcommand: what it does, its flags, and the function that they are handed to.
+
+    words: flags whose values may stand right after the name, without the flag.
+    """
 
     what: str
     define: Callable[[flags.FlagValues], None]
     run: Callable[[flags.FlagValues, Load], None]
+    words: tuple[str, ...] = ()
 
 
 def load_model(name: str, **choices: Any) -> Any:
@@ -132,14 +137,17 @@ def define_model(values: flags.FlagValues) -> None:
 
 def define_bench(values: flags.FlagValues) -> None:
     """Flags of `longlive bench`."""
-    flags.DEFINE_float("seconds", 10.0, "length of each measured video", flag_values=values)
+    suites = ["generate", "session"]
+    length = "of each measured video; by default 10, with --suite session 240"
+    flags.DEFINE_enum("suite", suites[0], suites, "what to measure", flag_values=values)
+    flags.DEFINE_float("seconds", None, f"length {length}", flag_values=values)
     flags.DEFINE_integer("repeat", 3, "how many videos to measure", 1, flag_values=values)
     define_model(values)
 
 
 def define_eval(values: flags.FlagValues) -> None:
     """Flags of `longlive eval`."""
-    flags.DEFINE_enum("suite", "toy", ["toy"], "what to measure", flag_values=values)
+    flags.DEFINE_enum("suite", "toy", ["toy", "switch"], "what to measure", flag_values=values)
     define_model(values)
 
 
@@ -229,21 +237,24 @@ def run_bench(values: flags.FlagValues, load: Load) -> None:
     """`longlive bench`."""
     from longlive_jax import output, request
 
-    request.check_seconds(values.seconds)
+    defaults = {"generate": 10.0, "session": 240.0}
+    seconds = defaults[values.suite] if values.seconds is None else values.seconds
+    request.check_seconds(seconds)
     request.check_model(values.model)
     target = report_path(values)
     output.check_report(target)
 
-    from longlive_jax import bench  # imports JAX
+    from longlive_jax import bench, bench_session  # imports JAX
 
-    report = bench.run(
+    suite = {"generate": bench, "session": bench_session}[values.suite]
+    report = suite.run(
         choosing(load, values)(values.model),
-        seconds=values.seconds,
+        seconds=seconds,
         repeat=values.repeat,
         seed=values.seed,
         steps=values.steps,
     )
-    bench.show(report, to_stderr=target == output.STDOUT)
+    suite.show(report, to_stderr=target == output.STDOUT)
     output.write_report(target, report.to_json())
 
 
@@ -257,7 +268,8 @@ def run_eval(values: flags.FlagValues, load: Load) -> None:
 
     from longlive_jax.eval import run  # imports JAX
 
-    scores = run.toy(choosing(load, values)(values.model), steps=values.steps, seed=values.seed)
+    suite = {"toy": run.toy, "switch": run.switch}[values.suite]
+    scores = suite(choosing(load, values)(values.model), steps=values.steps, seed=values.seed)
     output.write_report(target, json.dumps(scores, indent=2) + "\n")
 
 
@@ -358,6 +370,30 @@ def run_convert(values: flags.FlagValues, load: Load) -> None:
         sys.stderr.write(f"longlive: {note}\n")
 
 
+def define_data(values: flags.FlagValues) -> None:
+    """Flags of `longlive data check DIR`."""
+    flags.DEFINE_enum("task", None, ["check"], "what to do", flag_values=values)
+    flags.DEFINE_string("dir", None, "a folder of training videos", flag_values=values)
+    flags.DEFINE_string(
+        "preset",
+        "wan22_5b",
+        "the model to train: tiny, wan21_1_3b, wan21_14b or wan22_5b",
+        flag_values=values,
+    )
+    flags.DEFINE_string("json", None, "where to write the report; - is stdout", flag_values=values)
+
+
+def run_data(values: flags.FlagValues, load: Load) -> None:
+    """`longlive data check DIR`: code 2 where samples cannot be used."""
+    del load
+    if not values.task or not values.dir:
+        raise InputError("say which folder: longlive data check DIR")
+
+    from longlive_jax.data import check
+
+    check.run(pathlib.Path(values.dir), report_path(values), values.preset)
+
+
 def report_path(values: flags.FlagValues) -> pathlib.Path | None:
     """Where `--json` points."""
     return path_of(values.json)
@@ -372,6 +408,12 @@ COMMANDS = {
     ),
     "merge-lora": Command("add a LoRA into a model's weights", define_merge_lora, run_merge_lora),
     "plan": Command("say whether a video fits in a GPU's memory", define_plan, run_plan),
+    "data": Command(
+        "say what is wrong in a folder of training videos",
+        define_data,
+        run_data,
+        words=("task", "dir"),
+    ),
     "doctor": Command("say what runs here, and mend what does not", define_doctor, run_doctor),
 }
 
@@ -416,6 +458,9 @@ def dispatch(arguments: Sequence[str], load: Load) -> None:
         raise InputError(f'there is no command "{name}": say {", ".join(COMMANDS)}, or --help')
     values = flags.FlagValues()
     COMMANDS[name].define(values)
+    bare = itertools.takewhile(lambda word: not word.startswith("-"), rest)
+    named = [f"--{flag}={word}" for flag, word in zip(COMMANDS[name].words, bare, strict=False)]
+    rest = named + rest[len(named) :]
     if any(word in HELP[:2] for word in rest):
         sys.stdout.write(flag_help(name, values) + "\n")
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longlive_jax import report
-from longlive_jax.eval import toy_suite
+from longlive_jax.eval import switching, toy_suite
 from longlive_jax.eval.generate import generator
 from longlive_jax.eval.reconstruct import reconstructor
 from longlive_jax.model import Model
@@ -26,11 +26,25 @@ def toy(model: Model, *, steps: int | None, seed: int, **sizes: int) -> dict[str
         reconstruct=reconstructor(model.config, model.vae),
         **sizes,
     )
+    return _labelled("toy", model, steps, seed) | scores
+
+
+def switch(model: Model, *, steps: int | None, seed: int, **sizes: int) -> dict[str, Any]:
+    """The same for the suite of switches and cuts; `count` is how many, 112 by default."""
+    scores = switching.evaluate(
+        switching.player(model, steps=steps),
+        seed=seed,
+        reconstruct=reconstructor(model.config, model.vae),
+        **sizes,
+    )
+    return _labelled("switch", model, steps, seed) | scores
+
+
+def _labelled(suite: str, model: Model, steps: int | None, seed: int) -> dict[str, Any]:
     return {
-        "suite": "toy",
+        "suite": suite,
         "model": model.config.name,
         "steps": steps or model.config.sampler.steps,
         "seed": seed,
         "versions": report.versions(),
-        **scores,
     }
