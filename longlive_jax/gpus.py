@@ -112,6 +112,23 @@ GPUS = {
 }  # fmt: skip
 
 
+# Dense bfloat16 products, FLOP/s, as NVIDIA's data sheets have them.
+PEAKS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 209e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of a device by JAX's name of it; None where it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
+
+
 def find(name: str) -> GPU:
     """The GPU of that name.
 

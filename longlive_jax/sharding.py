@@ -8,6 +8,7 @@ seq    different parts of the same videos (sequence parallel)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -51,6 +52,6 @@ def of_weight(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def of_weights(weights: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
+def of_weights(weights: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """The place of every parameter, by name."""
     return {name: of_weight(name, tuple(x.shape), mesh) for name, x in weights.items()}

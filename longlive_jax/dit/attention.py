@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from longlive_kernels.attention.chunk_table import chunk_table
 
 from longlive_jax.dit.rope import rotate
 
@@ -43,8 +44,7 @@ class Masked:
     """Attention under a static table over latent frames (`mask.table`), for training and
     bidirectional models.
 
-    Frames with the same visible keys are computed together over just those keys, so empty tiles
-    cost nothing.
+    Empty tiles of the table cost nothing.
     """
 
     angles: Float[Array, "b n p"]
@@ -52,30 +52,7 @@ class Masked:
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
         q, k = rotate(q, self.angles), rotate(k, self.angles)
-        return by_table(q, k, v, self.table), None
-
-
-def by_table(q: Heads, k: Heads, v: Heads, table: Table) -> Heads:
-    """Attention of rotated queries and keys under a table over latent frames."""
-    starts = _pieces(table)
-    tokens = q.shape[1] // len(table)
-    cut = [start * tokens for start in starts[1:]]
-    # Split once and joined again, not indexed: the gradient is then a concatenation and a few
-    # sums.
-    q, k, v = (jnp.split(x, cut, axis=1) for x in (q, k, v))
-    out = []
-    for piece, start in zip(q, starts, strict=True):
-        seen = [i for i, other in enumerate(starts) if table[start][other]]
-        keys, values = (jnp.concatenate([x[i] for i in seen], 1) for x in (k, v))
-        out.append(attend(piece, keys, values))
-    return jnp.concatenate(out, 1)
-
-
-def _pieces(table: Table) -> list[int]:
-    """First frames of the maximal runs whose rows and whose columns are equal."""
-    columns = tuple(zip(*table, strict=True))
-    same = [table[i] == table[i - 1] and columns[i] == columns[i - 1] for i in range(1, len(table))]
-    return [0, *(i for i, equal in enumerate(same, 1) if not equal)]
+        return chunk_table(q, k, v, self.table), None
 
 
 def as_table(table: np.ndarray) -> Table:

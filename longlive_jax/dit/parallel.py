@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
+from longlive_kernels.attention.chunk_table import chunk_table
 
-from longlive_jax.dit.attention import Heads, Table, by_table
+from longlive_jax.dit.attention import Heads, Table
 from longlive_jax.dit.rope import rotate
 from longlive_jax.sharding import BATCH, SEQ
 
@@ -44,4 +45,4 @@ def _local(q: Array, k: Array, v: Array, angles: Array, *, table: Table) -> Arra
     exchange = functools.partial(jax.lax.all_to_all, axis_name=SEQ, tiled=True)
     qkv = jnp.stack([rotate(q, angles), rotate(k, angles), v])
     q, k, v = exchange(qkv, split_axis=3, concat_axis=2)  # b n a/ranks d
-    return exchange(by_table(q, k, v, table), split_axis=1, concat_axis=2)
+    return exchange(chunk_table(q, k, v, table), split_axis=1, concat_axis=2)

@@ -92,18 +92,31 @@ def draw(keys: Array, shape: tuple[int, ...], cfg: ARConfig, mesh: Mesh) -> Draw
     """
     chunk, chunks = cfg.stream.chunk, shape[1] // cfg.stream.chunk
 
-    def of_video(key: Array) -> tuple[Array, Array, Array]:
-        noise, index, share, level = jax.random.split(key, 4)
+    def of_video(key: Array) -> tuple[Array, Array]:
+        noise, _, share, level = jax.random.split(key, 4)
         context = jax.random.uniform(level, (chunks,)) * cfg.context_sigma
         context = jnp.where(jax.random.uniform(share, (chunks,)) < cfg.context_share, context, 0.0)
-        index = jax.random.randint(index, (chunks,), 0, flow.TRAIN_STEPS)
-        return jax.random.normal(noise, shape[1:]), index, flow.TRAIN_STEPS * context
+        return jax.random.normal(noise, shape[1:]), flow.TRAIN_STEPS * context
 
-    noise, index, context_t = jax.vmap(of_video)(keys)
-    each = lambda x: jnp.repeat(x, chunk, 1)  # noqa: E731  b n -> b f
-    return Draws(
-        sharding.frames(noise, mesh), each(Flow(cfg.shift).timestep(index)), each(context_t)
-    )
+    noise, context_t = jax.vmap(of_video)(keys)
+    t = timesteps(keys, shape[1], cfg)
+    return Draws(sharding.frames(noise, mesh), t, jnp.repeat(context_t, chunk, 1))
+
+
+def timesteps(keys: Array, frames: int, cfg: ARConfig) -> Float[Array, "b f"]:
+    """One level of the table for each chunk of each video, drawn evenly."""
+    chunks = frames // cfg.stream.chunk
+
+    def of_video(key: Array) -> Array:
+        return jax.random.randint(jax.random.split(key, 4)[1], (chunks,), 0, flow.TRAIN_STEPS)
+
+    return jnp.repeat(Flow(cfg.shift).timestep(jax.vmap(of_video)(keys)), cfg.stream.chunk, 1)
+
+
+def video_keys(key: Array, parts: int, b: int) -> Array:
+    """A key for each video of a step, parts b: the same however many parts there are."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(parts * b))
+    return keys.reshape(parts, b)
 
 
 def task(latents: Latents, valid: Float[Array, "b f"], draws: Draws, cfg: ARConfig) -> Task:

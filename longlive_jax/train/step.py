@@ -104,8 +104,7 @@ def _step(
     parts, b = videos.latents.shape[:2]
     counted = videos.valid[:, :, 1:] if program.cfg.image else videos.valid
     counts = jnp.maximum(counted.sum(), 1.0)
-    video_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(parts * b))
-    inputs = (videos, video_keys.reshape(parts, b), recycled)
+    inputs = (videos, ar.video_keys(key, parts, b), recycled)
 
     def part(carry, given):
         total, gradients = carry

@@ -1,0 +1,87 @@
+"""Tunes a model into a long, multi-shot, autoregressive one, by teacher forcing on whole videos.
+
+python experiments/train_ar.py --config=experiments/configs/ar_toy.py --workdir=runs/ar
+    --config.source.folder=runs/toy --config.seq=4
+
+Stop it at any time; the same command goes on from the last checkpoint, also on another number of
+devices. With several processes (`--processes`, or under Slurm, Open MPI or Kubernetes) each runs
+this command.
+"""
+
+import dataclasses
+import logging as py_logging
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+import longlive_jax
+from longlive_jax import cache_dir
+from longlive_jax.errors import InputError
+from longlive_jax.train import trainer
+from longlive_jax.train.ar import ARConfig
+from longlive_jax.train.recycling import RecyclingConfig
+from longlive_jax.train.source import SourceConfig
+from longlive_jax.train.state import OptimizerConfig
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, samples.", required=True)
+_CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/ar_toy.py")
+_CPU = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices, where there is no accelerator.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes run this command.")
+_PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is.")
+_CLUSTER = flags.DEFINE_bool("cluster", False, "Take these from Slurm, Open MPI or Kubernetes.")
+
+
+def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConfig:
+    """The run that a config file and its overrides describe."""
+    fields = given.to_dict()
+    stream = dataclasses.replace(model.config.stream, **fields["ar"].pop("stream", {}))
+    recycling = fields.pop("recycling", None)
+    try:
+        return trainer.TrainConfig(
+            source=SourceConfig(**fields.pop("source")),
+            ar=ARConfig(stream, **fields.pop("ar")),
+            optimizer=OptimizerConfig(**fields.pop("optimizer")),
+            recycling=None if recycling is None else RecyclingConfig(**recycling),
+            sample_prompts=tuple(fields.pop("sample_prompts", ())),
+            **fields,
+        )
+    except TypeError as error:
+        raise InputError(f"the config does not fit: {error}") from error
+
+
+def devices() -> None:
+    """Finds the devices of all processes."""
+    if _CPU.value:
+        jax.config.update("jax_num_cpu_devices", _CPU.value)
+    if _CLUSTER.value:
+        jax.distributed.initialize()
+    elif _PROCESSES.value > 1:
+        if jax.config.jax_platforms == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+
+
+def told_by_us(record) -> bool:
+    """Orbax tells much of what it does."""
+    return "orbax" not in record.pathname or record.levelno > py_logging.INFO
+
+
+def main(_):
+    logging.get_absl_handler().addFilter(told_by_us)
+    devices()
+    cache_dir.enable()
+    try:
+        model = longlive_jax.load(_CONFIG.value.model)
+        run = trainer.Run(config_of(_CONFIG.value, model), model, pathlib.Path(_WORKDIR.value))
+        run.train()
+    except InputError as error:
+        logging.error("%s", error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)

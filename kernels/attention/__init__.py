@@ -1,0 +1,1 @@
+"""Attention whose keys are chosen by a table."""

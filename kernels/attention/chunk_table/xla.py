@@ -1,0 +1,56 @@
+"""XLA: one scan over the visible pairs of tiles, with an online softmax (arXiv 2112.05682).
+
+Runs wherever XLA does. The program is as long for 384 latent frames as for three, its memory grows
+with the number of tokens, and tiles that the table hides are neither read nor computed.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from longlive_kernels.attention.chunk_table import tiles
+from longlive_kernels.attention.chunk_table.table import Table
+from longlive_kernels.attention.chunk_table.vjp import differentiable
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def unsupported(q: Array, k: Array, v: Array, table: Table) -> str | None:
+    """Why a call cannot run here; None if it can."""
+    kinds = {x.dtype.name for x in (q, k, v)}
+    if len(kinds) > 1 or not kinds <= set(DTYPES):
+        return f"takes q, k and v of one type of {DTYPES}, not {tuple(sorted(kinds))}"
+    return None
+
+
+def forward(
+    q: Float[Array, "b n a d"], k: Float[Array, "b m a d"], v: Float[Array, "b m a d"], table: Table
+) -> tuple[Float[Array, "b n a d"], Float[Array, "b n a"]]:
+    """The output, and the logarithm of every row's sum of exponentials: -inf without a key."""
+    plan, dtype = tiles.plan(q.shape, k.shape, table), q.dtype
+    filled = None if plan.key.filled is None else jnp.asarray(plan.key.filled)
+    q, k, v = plan.query.pack(q), plan.key.pack(k), plan.key.pack(v)  # t b a size d
+
+    def visit(state, pair):
+        i, j = pair
+        highest, total, out = (tiles.at(x, i) for x in state)
+        s = tiles.scores(tiles.at(q, i), tiles.at(k, j), tiles.at(filled, j))  # b a n m
+        # Finite: a tile has a key that its queries see.
+        top = jnp.maximum(highest, s.max(-1))
+        fade, weights = jnp.exp(highest - top), jnp.exp(s - top[..., None])
+        values = tiles.product("banm,bamd->band", weights.astype(dtype), tiles.at(v, j))
+        new = (top, fade * total + weights.sum(-1), fade[..., None] * out + values)
+        return tuple(tiles.put(x, y, i) for x, y in zip(state, new, strict=True)), None
+
+    state = (
+        tiles.start(-jnp.inf, q.shape[:-1], like=q),
+        tiles.start(0.0, q.shape[:-1], like=q),
+        tiles.start(0.0, q.shape, like=q),
+    )
+    (highest, total, out), _ = jax.lax.scan(visit, state, plan.visits)
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    return plan.query.unpack(out.astype(dtype)), plan.query.unpack(highest + jnp.log(total))
+
+
+attend = differentiable(forward)

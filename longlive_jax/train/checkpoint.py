@@ -1,0 +1,106 @@
+"""A training run on disk: asynchronous, each checkpoint whole or not there."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from longlive_jax.errors import InputError
+from longlive_jax.train.state import TrainState
+
+
+class Checkpoints:
+    """Checkpoints in a folder, the newest `keep` of them.
+
+    One holds the state (sharded as it is), the position in the data, the errors that recycling has
+    kept, and the config of the run.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, keep: int = 2):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        names = ("state", "data", "config", "errors")
+        self._manager = ocp.CheckpointManager(folder, options=options, item_names=names)
+
+    @property
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        state: TrainState,
+        data: dict[str, Any],
+        config: dict[str, Any],
+        errors: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """Begins to write; training goes on meanwhile. A step that is there already is left."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(data),
+            "config": ocp.args.JsonSave(config),
+        }
+        if errors is not None:
+            items["errors"] = ocp.args.StandardSave(errors)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def restore(self, like: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict, dict]:
+        """The newest checkpoint: state, position in the data, errors. `like`: the shapes, and where
+        each leaf goes now, which may be another mesh than it came from.
+
+        Raises:
+          InputError: the run had another model.
+        """
+        step = self.latest
+        items = {
+            "state": ocp.args.StandardRestore(like),
+            "data": ocp.args.JsonRestore(),
+            "config": ocp.args.JsonRestore(),
+        }
+        if (self.folder / str(step) / "errors").is_dir():
+            items["errors"] = ocp.args.StandardRestore()
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if found["config"].get("model") != config.get("model"):
+            raise InputError(
+                f"{self.folder} holds a run that began with another model:"
+                f" {json.dumps(found['config'].get('model'))}"
+            )
+        return found["state"], found["data"], found.get("errors") or {}
+
+    def wait(self) -> None:
+        """Until everything is written.
+
+        Raises:
+          InputError: it could not be, such as for want of space; earlier checkpoints are whole.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _failed(self, error: Exception) -> InputError:
+        last = self._manager.latest_step()
+        kept = (
+            "there is none before it" if last is None else f"the last whole one is of step {last}"
+        )
+        return InputError(f"a checkpoint could not be written into {self.folder} ({error}); {kept}")
+
+
+def shapes(state: TrainState, places: TrainState) -> TrainState:
+    """Every leaf by shape and type, with the place where it is to go."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )

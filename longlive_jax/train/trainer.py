@@ -1,0 +1,245 @@
+"""A teacher-forcing run from beginning to end: read, step, report, save; stopped at any time, it
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from longlive_jax import gpus, sharding, weights
+from longlive_jax.config import ModelConfig
+from longlive_jax.dit import mask
+from longlive_jax.dit.model import DiT
+from longlive_jax.errors import InputError
+from longlive_jax.flow import Flow
+from longlive_jax.model import Model
+from longlive_jax.train import ar, metrics, source
+from longlive_jax.train.ar import ARConfig, Videos
+from longlive_jax.train.checkpoint import Checkpoints, shapes
+from longlive_jax.train.recycling import Errors, Recycler, RecyclingConfig
+from longlive_jax.train.source import Source, SourceConfig
+from longlive_jax.train.state import OptimizerConfig, TrainState
+from longlive_jax.train.step import Outcome, Program
+from longlive_jax.video import VideoWriter
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run. `model` is a name or folder; its transformer is tuned, or begins anew with
+    `fresh`.
+    """
+
+    model: str
+    source: SourceConfig
+    ar: ARConfig
+    optimizer: OptimizerConfig
+    data: int = 1  # the mesh
+    fsdp: int = 1
+    seq: int = 1
+    fresh: bool = False
+    dtype: str = "float32"
+    recycling: RecyclingConfig | None = None
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 100
+    sample_every: int = 0  # steps between sample videos, 0: none
+    sample_prompts: tuple[str, ...] = ()
+    sample_seconds: float = 10.0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Stopped(InputError):
+    """Training cannot go on: the loss is no number."""
+
+
+class Run:
+    """A run in a folder.
+
+    Raises:
+      InputError: the config does not fit the devices, the model or the data: before anything is
+        compiled.
+    """
+
+    def __init__(self, cfg: TrainConfig, model: Model, workdir: pathlib.Path):
+        self.cfg, self.model, self.workdir = cfg, model, workdir
+        mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.seq)
+        frames = cfg.source.chunks * cfg.ar.stream.chunk
+        ar.check(cfg.ar, frames, model.config.dit.heads, cfg.seq)
+        source.check(cfg.source, mesh)
+        self.videos = Source(model, cfg.source, mesh)
+        recycles = cfg.recycling is not None
+        dtype = DTYPES[cfg.dtype]
+        self.program = Program(model.dit, cfg.ar, cfg.optimizer, mesh, dtype, recycles)
+        self.recycler = _recycler(cfg, model.config) if recycles else None
+        self.checkpoints = Checkpoints(workdir.absolute() / "checkpoints")
+        self.metrics = metrics.Metrics(workdir)
+
+    def train(self) -> TrainState:
+        """Trains until `optimizer.steps`, from the last checkpoint if there is one. On SIGTERM or
+        SIGINT the run is saved, and this returns early.
+
+        Raises:
+          Stopped: the loss is no number.
+        """
+        try:
+            with _signals() as told:
+                return self._steps(self._begin(), told)
+        finally:
+            self.metrics.close()
+            self.checkpoints.close()
+
+    def _begin(self) -> TrainState:
+        """The last checkpoint's state, or a new one of the model's weights."""
+        cfg, program = self.cfg, self.program
+        dit = _fresh(self.model.config, cfg.seed) if cfg.fresh else self.model.dit
+        state = program.create(weights.flatten(dit))
+        if self.checkpoints.latest is None:
+            return state
+        like = shapes(state, program.places())
+        state, position, errors = self.checkpoints.restore(like, cfg.to_json())
+        self.videos.set_state(position)
+        if self.recycler is not None and errors:
+            self.recycler.restore(errors)
+        logging.info("resumed at step %d", int(state.step))
+        return state
+
+    def _steps(self, state: TrainState, told: list[int]) -> TrainState:
+        cfg, last = self.cfg, self.cfg.optimizer.steps
+        run, rate = self.program.compile(), _Rate(cfg, self.model)
+        step, counted, since = int(state.step), 0, time.perf_counter()
+        while step < last and not told:
+            state, outcome = self._step(run, state, step)
+            step, counted = step + 1, counted + 1
+            due = lambda every: every and (step % every == 0 or step == last)  # noqa: E731, B023
+            if due(cfg.log_every):
+                self._check(float(outcome.loss), step)
+                seconds = (time.perf_counter() - since) / counted
+                values = {"loss": float(outcome.loss), "norm": float(outcome.gradient_norm)}
+                self.metrics.write(step, values | rate(seconds))
+            if due(cfg.save_every):
+                self._save(state)
+            if due(cfg.sample_every):
+                sample(cfg, self.model, state, self.workdir / "samples" / f"{step:06d}")
+            if due(cfg.log_every) or due(cfg.sample_every):
+                counted, since = 0, time.perf_counter()
+        if told:
+            logging.info("told to end: saving step %d", step)
+            self._save(state)
+        self.checkpoints.wait()
+        return state
+
+    def _step(self, run: Callable, state: TrainState, step: int) -> tuple[TrainState, Outcome]:
+        given, key = next(self.videos), jax.random.fold_in(jax.random.key(self.cfg.seed), step)
+        errors = None if self.recycler is None else self._inject(step, key, given)
+        state, outcome = run(state, given, key, errors)
+        if self.recycler is not None:
+            found = (outcome.t, outcome.x0_error, outcome.noise_error, given.valid)
+            self.recycler.update(step, *map(_flat, found))
+        return state, outcome
+
+    def _inject(self, step: int, key: jax.Array, given: Videos) -> Errors:
+        """Errors for a step, in parts. Its timesteps are drawn as the step will draw them."""
+        parts, b, frames = given.latents.shape[:3]
+        keys = ar.video_keys(key, parts, b).reshape(-1)
+        errors = self.recycler.inject(step, np.asarray(ar.timesteps(keys, frames, self.cfg.ar)))
+        place = lambda x: jax.device_put(  # noqa: E731
+            x.reshape(given.latents.shape), given.latents.sharding
+        )
+        return jax.tree.map(place, errors)
+
+    def _save(self, state: TrainState) -> None:
+        errors = None if self.recycler is None else self.recycler.state()
+        self.checkpoints.save(state, self.videos.get_state(), self.cfg.to_json(), errors)
+
+    def _check(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            self.checkpoints.wait()
+            raise Stopped(
+                f"the loss of step {step} is {loss}; the last checkpoint is of step"
+                f" {self.checkpoints.latest}, in {self.checkpoints.folder}"
+            )
+
+
+def _flat(x: jax.Array) -> np.ndarray:
+    """parts b … -> b …, on the host."""
+    return np.asarray(x).reshape(-1, *x.shape[2:])
+
+
+def _fresh(config: ModelConfig, seed: int) -> DiT:
+    return jax.jit(lambda key: DiT(config.dit, rngs=nnx.Rngs(key)))(jax.random.key(seed))
+
+
+def _recycler(cfg: TrainConfig, config: ModelConfig) -> Recycler:
+    shape = (cfg.ar.stream.chunk, config.latent_height, config.latent_width, config.dit.channels)
+    return Recycler(cfg.recycling, shape, Flow(cfg.ar.shift), cfg.seed)
+
+
+class _Rate:
+    """Steps, tokens and, where the device's peak is known, the share of it that is used."""
+
+    def __init__(self, cfg: TrainConfig, model: Model):
+        config, frames = model.config, cfg.source.chunks * cfg.ar.stream.chunk
+        sequences = cfg.source.batch * cfg.source.parts
+        table = cfg.ar.order(cfg.seq).table(mask.clean(frames, cfg.ar.stream.chunk))
+        per_frame = config.tokens_per_frame
+        self.tokens = sequences * 2 * frames * per_frame
+        flat = weights.flatten(model.dit)
+        linear = (x.size for name, x in flat.items() if name.endswith("kernel") and x.ndim > 1)
+        counts = {
+            "tokens": self.tokens,
+            "weights": sum(linear),
+            "pairs": sequences * int(table.sum()) * per_frame**2,
+            "width": config.dit.dim,
+            "layers": config.dit.layers,
+        }
+        self.flops = metrics.flops(counts)
+        self.peak = gpus.peak_flops(jax.devices()[0].device_kind)
+        self.devices = cfg.data * cfg.fsdp * cfg.seq
+
+    def __call__(self, seconds: float) -> dict[str, float]:
+        said = {"step_s": seconds, "tokens_s": self.tokens / seconds}
+        if self.peak:
+            said["mfu"] = self.flops / seconds / (self.peak * self.devices)
+        return said
+
+
+def sample(cfg: TrainConfig, model: Model, state: TrainState, folder: pathlib.Path) -> None:
+    """Videos of the averaged weights, one for each prompt."""
+    averaged = {name: x.astype(jnp.float32) for name, x in state.ema.items()}
+    tuned = dataclasses.replace(model, dit=weights.unflatten(model.dit, averaged))
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, prompt in enumerate(cfg.sample_prompts):
+        session = tuned.session(prompt, seed=number)
+        with VideoWriter(folder / f"{number}.mp4", model.config.fps) as writer:
+            for frames in session.stream(cfg.sample_seconds, lookahead=1):
+                writer.write(frames)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that is empty until the process is told to end."""
+    told: list[int] = []
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = {kind: signal.signal(kind, lambda number, _: told.append(number)) for kind in kinds}
+    try:
+        yield told
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
