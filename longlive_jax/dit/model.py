@@ -127,10 +127,10 @@ class Block(nnx.Module):
 
     def _cross(self, x: Tokens, text: TextKV) -> Tokens:
         k, v = text.of_segments()
-        b, s = k.shape[:2]
-        q = self.cross_attn.queries(x.reshape(b * s, -1, x.shape[-1]))
-        k, v = (y.reshape(b * s, *y.shape[2:]) for y in (k, v))
-        return self.cross_attn.out(attend(q, k, v)).reshape(x.shape)
+        q = self.cross_attn.queries(_grouped(x, k.shape[1]))  # b s n a d
+        # Videos and segments stay two axes: they may lie on different axes of a mesh.
+        out = jax.vmap(lambda q, k, v: attend(q, k, v), 1, 1)(q, k, v)
+        return self.cross_attn.out(out).reshape(x.shape)
 
     def text_kv(self, text: Float[Array, "b s l c"]) -> TextKV:
         return TextKV(self.cross_attn.keys(text), self.cross_attn.values(text))

@@ -55,8 +55,7 @@ class Program:
         are in parts, parts b …: their gradients are added up, as if they were one batch.
         """
         places = self.places()
-        run = functools.partial(_step, self)
-        return jax.jit(run, donate_argnums=0, out_shardings=(places, None))
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(places, None))
 
     def places(self) -> TrainState:
         """Where every leaf of the state lies: what belongs to a weight lies where the weight
@@ -78,10 +77,9 @@ class Program:
         """The videos of a step on their devices."""
         spread = PartitionSpec(None, sharding.BATCH, sharding.SEQ)
         whole = PartitionSpec(None, sharding.BATCH)
-        specs = Videos(latents=spread, context=whole, prompt=spread, valid=spread)
-        return jax.tree.map(
-            lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec)), videos, specs
-        )
+        specs = dict(latents=spread, context=whole, prompt=spread, valid=spread)
+        put = lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec))  # noqa: E731
+        return Videos(**{name: put(getattr(videos, name), spec) for name, spec in specs.items()})
 
     def create(self, flat: Weights) -> TrainState:
         """A state that begins with these weights."""
@@ -89,34 +87,34 @@ class Program:
         flat = {name: jnp.asarray(x, jnp.float32) for name, x in flat.items()}
         return jax.jit(begin, out_shardings=self.places())(flat)
 
+    def step(
+        self,
+        state: TrainState,
+        videos: Videos,
+        key: jax.Array,
+        recycled: Errors | None = None,
+    ) -> tuple[TrainState, Outcome]:
+        """One step, to be compiled."""
+        parts, b = videos.latents.shape[:2]
+        counted = videos.valid[:, :, 1:] if self.cfg.image else videos.valid
+        counts = jnp.maximum(counted.sum(), 1.0)
+        inputs = (videos, ar.video_keys(key, parts, b), recycled)
+
+        def part(carry, given):
+            total, gradients = carry
+            (loss, aux), new = jax.value_and_grad(_loss, 1, has_aux=True)(
+                self, state.weights, *given, counts
+            )
+            return (total + loss, jax.tree.map(jnp.add, gradients, new)), aux
+
+        zero = jnp.zeros(()), _zeros(state.weights)
+        (loss, gradients), aux = jax.lax.scan(part, zero, inputs)
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
+        return train_state.update(state, gradients, self.optimizer), Outcome(loss, norm, *aux)
+
 
 def _zeros(flat: Weights) -> Weights:
     return {name: jnp.zeros(x.shape, jnp.float32) for name, x in flat.items()}
-
-
-def _step(
-    program: Program,
-    state: TrainState,
-    videos: Videos,
-    key: jax.Array,
-    recycled: Errors | None = None,
-) -> tuple[TrainState, Outcome]:
-    parts, b = videos.latents.shape[:2]
-    counted = videos.valid[:, :, 1:] if program.cfg.image else videos.valid
-    counts = jnp.maximum(counted.sum(), 1.0)
-    inputs = (videos, ar.video_keys(key, parts, b), recycled)
-
-    def part(carry, given):
-        total, gradients = carry
-        (loss, aux), new = jax.value_and_grad(_loss, 1, has_aux=True)(
-            program, state.weights, *given, counts
-        )
-        return (total + loss, jax.tree.map(jnp.add, gradients, new)), aux
-
-    zero = jnp.zeros(()), _zeros(state.weights)
-    (loss, gradients), aux = jax.lax.scan(part, zero, inputs)
-    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
-    return train_state.update(state, gradients, program.optimizer), Outcome(loss, norm, *aux)
 
 
 def _loss(

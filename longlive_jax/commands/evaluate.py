@@ -1,0 +1,30 @@
+"""`longlive eval`: its flags."""
+
+from __future__ import annotations
+
+import json
+
+from absl import flags
+
+from longlive_jax.commands.shared import Load, choosing, define_model, report_path
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of `longlive eval`."""
+    flags.DEFINE_enum("suite", "toy", ["toy", "switch"], "what to measure", flag_values=values)
+    define_model(values)
+
+
+def run(values: flags.FlagValues, load: Load) -> None:
+    """`longlive eval`: the scores go to standard output unless `--json` names a file."""
+    from longlive_jax import output, request
+
+    request.check_model(values.model)
+    target = report_path(values) or output.STDOUT
+    output.check_report(target)
+
+    from longlive_jax.eval import run  # imports JAX
+
+    suite = {"toy": run.toy, "switch": run.switch}[values.suite]
+    scores = suite(choosing(load, values)(values.model), steps=values.steps, seed=values.seed)
+    output.write_report(target, json.dumps(scores, indent=2) + "\n")

@@ -1,0 +1,33 @@
+"""`longlive merge-lora`: its flags."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from longlive_jax.commands.shared import Load, check_file
+from longlive_jax.errors import InputError
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of `longlive merge-lora`."""
+    flags.DEFINE_string("model", "tiny", "tiny, or a folder with weights", flag_values=values)
+    flags.DEFINE_string("lora", None, "the LoRA to merge", flag_values=values)
+    flags.DEFINE_string("output", None, "the folder to write", flag_values=values)
+    flags.DEFINE_float(
+        "alpha", None, "by default what the LoRA says, or its rank", 0.0, flag_values=values
+    )
+
+
+def run(values: flags.FlagValues, load: Load) -> None:
+    """`longlive merge-lora`."""
+    from longlive_jax import request
+
+    request.check_model(values.model)
+    check_file("--lora", values.lora)
+    if not values.output:
+        raise InputError("say where to: --output FOLDER")
+
+    from longlive_jax import merge_lora, model  # imports JAX
+
+    source = model.SHIPPED / "tiny" if values.model == "tiny" else values.model
+    merge_lora.run(source, values.lora, values.output, alpha=values.alpha)
