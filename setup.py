@@ -15,6 +15,8 @@ EXTRAS = {
     "cuda": [f"jax[cuda13]{JAX}", "triton>=3.6", "jax-triton>=0.3.1", "tokamax>=0.0.12"],
     # Reading official .pt and .pth checkpoints.
     "torch": ["torch>=2.6"],
+    # Training: metrics for TensorBoard.
+    "train": ["tensorboardX>=2.6"],
     # Compiling for GPUs that are not there: the CUDA plugin of jax's own version, and ptxas.
     # No CUDA libraries and no driver: set JAX_PLATFORMS=cpu beside it.
     "aot": [f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
@@ -24,6 +26,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.14",
+        "tensorboardX>=2.6",
         # What conversion is checked against. This exact pin of torch comes without CUDA.
         "torch==2.13.0",
         "diffusers>=0.42",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Int, UInt8
 
 from longlive_jax import rollout
 from longlive_jax.errors import SessionError
@@ -37,6 +37,13 @@ class Seat:
         self.batch.state = _put(self.batch.state, self.row, state)
 
 
+@dataclasses.dataclass
+class Lobby(Home):
+    """The home of a session that waits for its first chunk, which is made alone."""
+
+    batch: Batch
+
+
 class Batch:
     """Sessions with prompts, positions, shots and switches of their own, made together.
 
@@ -57,9 +64,10 @@ class Batch:
         carry = coder.init_carry(model.vae, size, model.config.height, model.config.width)
         self.state = State(rollout.begin(model.config, [0] * size, text.k.dtype), carry, text)
         self._seated: dict[int, Session] = {}
-        self._waiting: list[Session] = []  # for their first chunk, which is made alone
+        self._waiting: list[Session] = []  # in the lobby
 
     def __len__(self) -> int:
+        self._drop_closed()
         return len(self._seated) + len(self._waiting)
 
     def add(self, session: Session) -> None:
@@ -77,14 +85,14 @@ class Batch:
             raise SessionError("the session takes {} denoising steps, the batch {}".format(*steps))
         if session.vae_device is not None:
             raise SessionError("the session decodes on a device of its own, a batch does not")
-        if isinstance(session.home, Seat) or session in self._waiting:
+        if isinstance(session.home, (Seat, Lobby)):
             raise SessionError("the session is in a batch already")
         if len(self) == self.size:
             raise SessionError(f"all {self.size} rows of the batch are taken")
         if session.position.latents:
             self._seat(session)
         else:
-            self._waiting.append(session)
+            self._wait(session)
 
     def remove(self, session: Session) -> None:
         """The session goes on alone, from where it is.
@@ -92,18 +100,18 @@ class Batch:
         Raises:
           SessionError: it is not in this batch.
         """
-        if session in self._waiting:
-            self._waiting.remove(session)
-            return
-        if not isinstance(session.home, Seat) or session.home.batch is not self:
+        home = session.home
+        if not isinstance(home, (Seat, Lobby)) or home.batch is not self:
             raise SessionError("the session is not in this batch")
-        del self._seated[session.home.row]
-        session.home = Home(session.home.read())
+        self._let_go(session)
+        session.home = Home(home.read())
 
     def next_chunks(self) -> dict[Session, UInt8[np.ndarray, "t H W 3"]]:
         """The next frames of every session: one forward for all, but for first chunks."""
-        for session in [s for s in (*self._seated.values(), *self._waiting) if s.closed]:
-            self._drop(session)
+        self._drop_closed()
+        for session in [s for s in self._seated.values() if not s.position.latents]:
+            self._let_go(session)  # it was rewound to its beginning
+            self._wait(session)
         seated, waiting = list(self._seated.values()), self._waiting
         if seated:
             self._advance(seated)
@@ -142,17 +150,26 @@ class Batch:
         session.home = seat
         self._seated[row] = session
 
-    def _drop(self, closed: Session) -> None:
-        self._seated = {row: s for row, s in self._seated.items() if s is not closed}
-        self._waiting = [s for s in self._waiting if s is not closed]
+    def _wait(self, session: Session) -> None:
+        session.home = Lobby(session.home.read(), self)
+        self._waiting.append(session)
+
+    def _let_go(self, session: Session) -> None:
+        self._seated = {row: s for row, s in self._seated.items() if s is not session}
+        self._waiting = [s for s in self._waiting if s is not session]
+
+    def _drop_closed(self) -> None:
+        for session in [s for s in (*self._seated.values(), *self._waiting) if s.closed]:
+            self._let_go(session)
 
 
-def _axes(state: State) -> State:
+_LAYERS_FIRST = (".rollout.cache.k", ".rollout.cache.v", ".text")
+
+
+def _axes(state: State) -> list[int]:
     """The axis of rows of every leaf."""
-    axes = jax.tree.map(lambda _: 0, state)
-    cache = dataclasses.replace(axes.rollout.cache, k=1, v=1)
-    memory = dataclasses.replace(axes.rollout, cache=cache)
-    return State(memory, axes.carry, jax.tree.map(lambda _: 1, state.text))
+    paths, _ = jax.tree.flatten_with_path(state)
+    return [int(jax.tree_util.keystr(path).startswith(_LAYERS_FIRST)) for path, _ in paths]
 
 
 def _rows(axis: int, size: int, x: Any, row: Any) -> Any:
@@ -162,16 +179,16 @@ def _rows(axis: int, size: int, x: Any, row: Any) -> Any:
 
 
 @jax.jit
-def _take(state: State, row: int) -> State:
+def _take(state: State, row: int | Int[Array, ""]) -> State:
     size = state.rollout.frame.shape[0]
-    return jax.tree.map(lambda axis, x: x[_rows(axis, size, x, row)], _axes(state), state)
+    leaves, structure = jax.tree.flatten(state)
+    pairs = zip(_axes(state), leaves, strict=True)
+    return structure.unflatten([x[_rows(axis, size, x, row)] for axis, x in pairs])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(state: State, row: int, one: State) -> State:
+def _put(state: State, row: int | Int[Array, ""], one: State) -> State:
     size = state.rollout.frame.shape[0]
-
-    def put(axis: int, x: Any, new: Any) -> Any:
-        return x.at[_rows(axis, size, x, row)].set(new)
-
-    return jax.tree.map(put, _axes(state), state, one)
+    leaves, structure = jax.tree.flatten(state)
+    triples = zip(_axes(state), leaves, jax.tree.leaves(one), strict=True)
+    return structure.unflatten([x.at[_rows(axis, size, x, row)].set(y) for axis, x, y in triples])

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from longlive_jax import rollout, sampler, weights
+from longlive_jax.config import Recache
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.model import Model, Origin, load
 from longlive_jax.session import Chunk, Made, Position, Receipt, Session, State
@@ -26,33 +29,57 @@ FACTS, ARRAYS = "session.json", "arrays"
 
 def write(session: Session, folder: str | os.PathLike) -> None:
     """See `Session.save`. An earlier session in that folder is replaced once this one is whole."""
-    folder = pathlib.Path(os.path.abspath(folder))
-    if (
-        folder.exists()
-        and not (folder / FACTS).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise InputError(f"{folder} is there already and holds no session; name another folder")
+    folder = pathlib.Path(os.path.realpath(folder))  # not the link to it that may be named
+    _check_free(folder)
     facts = {
         "model": dataclasses.asdict(session.model.origin),
+        "dtype": str(session.home.read().text.k.dtype),
+        "stream": dataclasses.asdict(session.model.config.stream),
         "fingerprint": session.model.fingerprint,
         "position": dataclasses.asdict(session.position),
         "solver": dataclasses.asdict(session.solver),
         "history": session.past.chunks,
-        "seed": session.seed,
+        "seed": int(session.seed),
         "last": session.last and dataclasses.asdict(session.last),
         "ahead": [dataclasses.asdict(made.position) for made in session.ahead],
         "notes": session.notes,
     }
     arrays = _arrays(session)
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    with weights.new_folder(folder) as stage:
-        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-            checkpointer.save(stage / ARRAYS, arrays)
-        (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-        if folder.exists():
-            folder.replace(old)
+    try:
+        with weights.new_folder(folder) as stage:
+            _write_arrays(stage / ARRAYS, arrays)
+            (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+                folder.replace(old)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_free(folder: pathlib.Path) -> None:
+    try:
+        held = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        held = [folder] if folder.exists() else []
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
+    if held and not (folder / FACTS).is_file():
+        raise InputError(f"{folder} is there already and holds no session; name another folder")
+
+
+def _write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    try:
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            checkpointer.save(path, arrays)
+    except ValueError as error:  # TensorStore has no other; its message has the system's number
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _arrays(session: Session) -> dict[str, Any]:
@@ -82,10 +109,8 @@ def origin(folder: str | os.PathLike) -> Origin:
       InputError: there is no session, or it is broken.
     """
     folder = pathlib.Path(os.path.abspath(folder))
-    try:
+    with _understood(folder):
         return Origin(**_facts(folder)["model"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the session in {folder} cannot be read: {error}") from error
 
 
 def choices(made_by: Origin) -> dict[str, Any]:
@@ -95,11 +120,25 @@ def choices(made_by: Origin) -> dict[str, Any]:
 
 def _facts(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / FACTS).read_text("utf-8"))
+        facts = json.loads((folder / FACTS).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"there is no session in {folder}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"the session in {folder} cannot be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise InputError(f"the session in {folder} is broken: {FACTS} makes no sense")
+    return facts
+
+
+@contextlib.contextmanager
+def _understood(folder: pathlib.Path) -> Iterator[None]:
+    """Facts that are not as they were written are said so, in a sentence."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"the session in {folder} is broken: {FACTS} has no {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"the session in {folder} is broken: {FACTS} makes no sense") from error
 
 
 def restore(
@@ -120,23 +159,26 @@ def restore(
     """
     folder = pathlib.Path(os.path.abspath(folder))
     facts = _facts(folder)
-    try:
+    with _understood(folder):
         position = Position(**_changes(facts["position"]))
         steps = tuple(sampler.Step(**_tuples(step)) for step in facts["solver"]["steps"])
         fingerprint, notes = facts["fingerprint"], tuple(facts["notes"])
         history, seed = facts["history"], facts["seed"]
         last = facts["last"] and Chunk(**_changes(facts["last"]))
         ahead = [Position(**_changes(at)) for at in facts["ahead"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the session in {folder} cannot be read: {error}") from error
+        dtype, stream = jnp.dtype(facts["dtype"]), dict(facts["stream"])
+        stream["recache"] = Recache(**stream["recache"])
     made_by = origin(folder)
-    model = model or load(made_by.name, **choices(made_by))
+    model = model or load(made_by.name, dtype=dtype, **choices(made_by)).streaming(**stream)
     if model.fingerprint != fingerprint:
         raise SessionError(
             f'the session in {folder} belongs to another model: it was made with "{made_by.name}"'
             f" ({fingerprint}), not with {model.config.name} ({model.fingerprint})"
         )
     arrays = _read(folder)
+    lacking = {"rollout", "carry", *(f"ahead_{i}" for i in range(len(ahead)))} - arrays.keys()
+    if lacking:
+        raise InputError(f"the session in {folder} is broken: it has no {min(lacking)}")
     state = _state(model, arrays, position, folder)
     if vae_device is not None:
         state = dataclasses.replace(state, carry=jax.device_put(state.carry, vae_device))
@@ -145,7 +187,7 @@ def restore(
     session = Session(model, state, position, solver=sampler.Solver(steps), **options)
     session.rest, session.last = arrays.get("rest"), last
     for i, at in enumerate(ahead):
-        pixels = arrays[f"ahead_{i}"][None]
+        pixels = jnp.asarray(arrays[f"ahead_{i}"])[None]
         session.ahead.append(Made(at, pixels, pixels, 0, 0.0))
     return session
 
@@ -158,7 +200,8 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
             wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(found.items()))
             return checkpointer.restore(folder / ARRAYS, wanted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the session in {folder} is broken: {error}") from error
+        # What Orbax and TensorStore say takes a page.
+        raise InputError(f"the session in {folder} is broken: {ARRAYS} cannot be read") from error
 
 
 def _state(model: Model, arrays: dict, position: Position, folder: pathlib.Path) -> State:

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,16 @@ class Home:
 
     def write(self, state: State) -> None:
         self.state = state
+
+
+class Gone:
+    """The home of a closed session."""
+
+    def read(self) -> State:
+        raise SessionError("the session is closed")
+
+    def write(self, state: State) -> None:
+        self.read()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +142,7 @@ class Session:
         seed: int = 0,
     ):
         self.model, self.solver, self.notes, self.seed = model, solver, notes, seed
-        self.home: Home = Home(state)
+        self.home: Any = Home(state)  # or what else reads and writes a state
         self.vae_device = vae_device
         self.position = position
         self.last: Chunk | None = None
@@ -221,6 +231,7 @@ class Session:
 
     def begin_chunk(self) -> None:
         """Starts the next chunk; devices go on by themselves."""
+        self._check_open()
         config, position = self.model.config, self.position
         self.remember_chunk()
         state, begun = self.home.read(), time.perf_counter()
@@ -260,7 +271,7 @@ class Session:
             latents=self.position.latents + made.latents.shape[1],
             changes=(),
         )
-        if self.position.whole != self.position.prompt:  # the prefix is said once in a shot
+        if self._opens_shot():  # the prefix is said once in a shot
             self.position = dataclasses.replace(self.position, whole=self.position.prompt)
             text = self.model.prompt_kv([self.position.whole])
             self.home.write(dataclasses.replace(self.home.read(), text=text))
@@ -306,10 +317,10 @@ class Session:
         prompt = self._checked(prompt)
         if mode not in MODES:
             raise InputError(f'there is no mode "{mode}" of a switch: say {", ".join(MODES)}')
-        if prompt.startswith(CUT_PREFIX):
+        if f"{prompt} ".startswith(CUT_PREFIX):
             return self.cut(prompt)
         everyone, state = jnp.ones(1, bool), self.home.read()
-        text, memory = self.model.prompt_kv([prompt]), state.rollout
+        text, memory, whole = self.model.prompt_kv([prompt]), state.rollout, prompt
         undo = Undo.of_memory if mode == "recache" else Undo.of_labels
         self.past.remember(self.position, lambda: undo(state))
         if mode == "recache" and self.position.latents:
@@ -318,8 +329,11 @@ class Session:
             memory = rollout.recache(self.model.dit, memory, text, everyone, **choices)
         elif mode == "reset":
             memory = rollout.forget(memory, everyone)
+        if self._opens_shot():  # the cut is still to come, with its prefix
+            whole = CUT_PREFIX + prompt
+            text = self.model.prompt_kv([whole])
         self.home.write(dataclasses.replace(state, rollout=memory, text=text))
-        return self._changed("switch", mode, prompt, prompt)
+        return self._changed("switch", mode, prompt, whole)
 
     def cut(self, prompt: str) -> Receipt:
         """A new shot from the next chunk on: its first chunk has `CUT_PREFIX` before the prompt,
@@ -330,14 +344,19 @@ class Session:
           SessionError: the session is closed.
           InputError: the prompt is empty.
         """
-        prompt = self._checked(self._checked(prompt).removeprefix(CUT_PREFIX))
-        begun = self.position.latents > 0
+        prompt = self._checked(f"{self._checked(prompt)} ".removeprefix(CUT_PREFIX))
+        begun, again = self.position.latents > 0, self._opens_shot()
         whole = CUT_PREFIX + prompt if begun else prompt
         text, state = self.model.prompt_kv([whole]), self.home.read()
         self.past.remember(self.position, lambda: Undo.of_labels(state))
-        memory = dataclasses.replace(state.rollout, shot=state.rollout.shot + int(begun))
+        shot = state.rollout.shot + int(begun and not again)  # one that nobody saw is no shot
+        memory = dataclasses.replace(state.rollout, shot=shot)
         self.home.write(dataclasses.replace(state, rollout=memory, text=text))
         return self._changed("cut", "keep", prompt, whole)
+
+    def _opens_shot(self) -> bool:
+        """Whether the next chunk is the first one after a cut."""
+        return self.position.whole != self.position.prompt
 
     def _changed(self, kind: str, mode: str, prompt: str, whole: str) -> Receipt:
         receipt = Receipt(kind, mode, prompt, self._frame_of(self.position.latents))
@@ -376,6 +395,7 @@ class Session:
         other = Session(self.model, state, self.position, notes=self.notes, seed=seed, **choices)
         other.past = self.past.copy()
         other.last, other.rest, other.ahead = self.last, self.rest, self.ahead.copy()
+        other._vae = self._vae  # not another copy on its device
         return other
 
     def rewind(self, chunks: int = 1) -> None:
@@ -415,6 +435,7 @@ class Session:
 
     def hand_over_all(self) -> UInt8[np.ndarray, "t H W 3"]:
         """Hands over all frames that are made or on their way; waits for them."""
+        self._check_open()
         frames = [self._hand_over(None) for _ in range(self._undelivered())]
         return frames[0] if len(frames) == 1 else np.concatenate(frames)
 
@@ -422,8 +443,9 @@ class Session:
         """Gives the memory back. A closed session does nothing more."""
         self._closed = True
         self.ahead.clear()
+        self.rest = None
         self.past = Past(0)
-        self.home = Home(None)
+        self.home = Gone()
 
     def _checked(self, prompt: str) -> str:
         self._check_open()

@@ -21,27 +21,28 @@ if TYPE_CHECKING:
     from longlive_jax.session import Position, State
 
 
+Anywhere = Array | np.ndarray  # on a device, or on the host
+
+
 @dataclasses.dataclass(frozen=True)
 class Undo:
     """What one change overwrites.
 
-    memory: the rollout without its bulk: labels and counters. taken, held: the slots of the cache
-    and of the latents that are overwritten, and what they held. carry: the VAE's, if it moves on.
+    labels: of the cache, of the latents and of the rollout. taken, held: the slots of the cache and
+    of the latents that are overwritten. bulk: what these held. carry: the VAE's, if it moves on.
     """
 
-    memory: Rollout
-    taken: Int[Array, "rows f"]
-    held: Int[Array, "b f"]
-    bulk: dict[str, Any]
+    labels: dict[str, dict[str, Anywhere]]
+    taken: Int[Anywhere, "rows f"]
+    held: Int[Anywhere, "b g"]
+    bulk: dict[str, Anywhere]
     carry: Any = None
 
     @classmethod
     def of_chunk(cls, state: State, stream: StreamConfig) -> Undo:
         """Before a chunk is made."""
-        memory, sinks = state.rollout, (stream.sink, stream.shot_sink)
-        taken = slots.choose(memory.cache, stream.chunk, *sinks)
-        held = slots.choose(memory.held, stream.chunk, *sinks)
-        return cls._take(memory, taken, held, carry=state.carry)
+        taken, held = _chosen(state.rollout, stream)
+        return cls._take(state.rollout, taken, held, carry=state.carry)
 
     @classmethod
     def of_memory(cls, state: State) -> Undo:
@@ -62,36 +63,60 @@ class Undo:
 
     @classmethod
     def _take(cls, memory: Rollout, taken: Array, held: Array, carry: Any = None) -> Undo:
-        bulk = _gather(memory, taken, held)
-        slim = dataclasses.replace(
-            memory,
-            cache=dataclasses.replace(memory.cache, k=None, v=None),
-            held=dataclasses.replace(memory.held, latents=None),
-            key=jax.random.key_data(memory.key),
-        )
-        # Copies: on a CPU the host's view of a buffer is the buffer, and that will be donated.
-        parts = jax.tree.map(np.array, (slim, taken, held, bulk, carry))
-        return cls(*parts)
+        bulk, parts = _gather(memory, taken, held), dict(cache=memory.cache, held=memory.held)
+        labels = {name: _labels(part) for name, part in (parts | dict(rollout=memory)).items()}
+        # Copies, for these buffers will be donated. Nobody waits for them here: that would keep
+        # the next chunk from being begun before the last one is decoded.
+        fields = _copied(labels), taken, held, bulk, _copied(carry)
+        jax.tree.map(lambda x: x.copy_to_host_async(), fields)
+        return cls(*fields)
+
+    def on_host(self) -> Undo:
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Undo(*jax.tree.map(np.asarray, tuple(fields)))
 
     def apply(self, state: State) -> State:
-        """The state before the change, given the one right after it."""
-        memory = jax.tree.map(jnp.asarray, self.memory)
-        cache, held = state.rollout.cache, state.rollout.held
-        bulk = _scatter(
-            dict(k=cache.k, v=cache.v, latents=held.latents), self.bulk, self.taken, self.held
-        )
-        memory = dataclasses.replace(
-            memory,
-            cache=dataclasses.replace(memory.cache, k=bulk["k"], v=bulk["v"]),
-            held=dataclasses.replace(memory.held, latents=bulk["latents"]),
-            key=jax.random.wrap_key_data(memory.key),
-        )
+        """The state before the change, given the one right after it. Copies are taken here too:
+        other sessions may go back the same way.
+        """
+        labels, memory = jax.tree.map(jnp.array, self.labels), state.rollout
+        bulk = dict(k=memory.cache.k, v=memory.cache.v, latents=memory.held.latents)
+        bulk = _scatter(bulk, self.bulk, self.taken, self.held)
+        latents = bulk.pop("latents")
+        cache = dataclasses.replace(memory.cache, **labels["cache"], **bulk)
+        held = dataclasses.replace(memory.held, **labels["held"], latents=latents)
+        memory = dataclasses.replace(memory, cache=cache, held=held, **labels["rollout"])
         carry = state.carry
         if self.carry is not None:
-            carry = jax.tree.map(
-                lambda new, old: jax.device_put(new, old.sharding), self.carry, carry
-            )
+            carry = jax.tree.map(_put_back, self.carry, carry)
         return dataclasses.replace(state, rollout=memory, carry=carry)
+
+
+def _put_back(new: Anywhere, old: Array) -> Array:
+    """On the device of `old`, but bound to it only if that was: else all that follows would be
+    compiled once more.
+    """
+    new = np.array(new)
+    return jax.device_put(new, old.sharding) if old.committed else jnp.array(new)
+
+
+def _labels(part: slots.Table | Rollout) -> dict[str, Array]:
+    return {name: getattr(part, name) for name in ("frame", "chunk", "shot")}
+
+
+@functools.partial(jax.jit, static_argnames="stream")
+def _chosen(memory: Rollout, stream: StreamConfig) -> tuple[Array, Array]:
+    """The slots that the next chunk takes. One program: the many steps of it, each on its own,
+    would fill the queue of a device, and wait.
+    """
+    tables, sinks = (memory.cache, memory.held), (stream.sink, stream.shot_sink)
+    taken, held = (slots.choose(table, stream.chunk, *sinks) for table in tables)
+    return taken, held
+
+
+@jax.jit
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 @jax.jit
@@ -120,9 +145,16 @@ class _Entry:
     position: Position
     undos: tuple[Undo, ...]
 
+    def on_host(self) -> _Entry:
+        return _Entry(self.position, tuple(undo.on_host() for undo in self.undos))
+
 
 class Past:
-    """The last `chunks` chunks, as what takes them back. Without chunks nothing is put aside."""
+    """The last `chunks` chunks, as what takes them back. Without chunks nothing is put aside.
+
+    What is put aside is on its way to the host until the next chunk is made, and there from then
+    on.
+    """
 
     def __init__(self, chunks: int):
         self.chunks = chunks
@@ -143,6 +175,8 @@ class Past:
     def close_chunk(self) -> None:
         """What was remembered since the last call belongs to the chunk that is made now."""
         if self.chunks:
+            if self._entries:
+                self._entries.append(self._entries.pop().on_host())
             self._entries.append(_Entry(self._since, self._open))
             self._open, self._since = (), None
 
