@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longlive_jax import report, timeline
-from longlive_jax.events import Event
+from longlive_jax.events import CUT_PREFIX, Event
 from longlive_jax.video import BackgroundWriter
 
 PROMPTS = (
@@ -73,9 +73,11 @@ class Stopwatch:
             asked = time.perf_counter()
 
     def _switch(self, receipt: Any) -> report.Switch:
-        event = self._asked[len(self.switches)]
         applied = (receipt.frame - self._start) / self.session.model.config.fps
-        return report.Switch(receipt.prompt, event.time_s, applied)
+        waiting = self._asked and self._asked[0].prompt.strip().removeprefix(CUT_PREFIX)
+        # A resumed session may begin with a change that was asked for before it was saved.
+        asked = self._asked.pop(0).time_s if waiting == receipt.prompt else applied
+        return report.Switch(receipt.prompt, float(asked), applied)
 
     def close(self) -> None:
         """Call it when the file is complete: an encoder holds frames back until then."""

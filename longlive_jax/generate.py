@@ -68,9 +68,9 @@ def _loaded(request: Request, load: Load) -> tuple[Any, Any]:
         return load(request.model).streaming(**dict(request.stream)), None
     from longlive_jax import saved
 
-    origin = saved.origin(request.resume)
-    model = load(origin.name, **saved.choices(origin)).streaming(**dict(request.stream))
-    return model, saved.restore(request.resume, model=model)
+    session = saved.restore(request.resume, load=load)
+    session.model = session.model.streaming(**dict(request.stream))
+    return session.model, session
 
 
 def _begun(request: Request, story: Story, model: Any) -> Any:

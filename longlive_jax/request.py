@@ -61,10 +61,11 @@ class Request:
         seconds = story.SECONDS if self.seconds is None else self.seconds
         prompt, events = self.prompt.strip(), self.events
         if self.resume:
-            if self.image or self.video or (self.seed, self.steps) != (None, None):
+            begun = (self.image, self.video, self.seed, self.steps, dict(self.stream).get("rope"))
+            if any(value is not None for value in begun):
                 raise InputError(
-                    "a saved session has its seed, steps and beginning: leave --seed, --steps,"
-                    " --image and --video out"
+                    "a saved session has its seed, steps, positions and beginning: leave --seed,"
+                    " --steps, --rope, --image and --video out"
                 )
             events = (*((Event(0.0, "switch", prompt),) if prompt else ()), *events)
         elif not prompt:

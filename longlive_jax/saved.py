@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -146,12 +146,14 @@ def restore(
     *,
     model: Model | None = None,
     vae_device: jax.Device | None = None,
+    load: Callable[..., Model] = load,
 ) -> Session:
     """The session that `Session.save` wrote, to continue as if it had never stopped. What `rewind`
     could take back is not kept.
 
     Args:
       model: The model it belongs to, if it is loaded already; None loads it as it was.
+      load: What loads it.
 
     Raises:
       InputError: there is no session, or it is broken.

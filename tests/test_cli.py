@@ -13,6 +13,7 @@ from test_report import check_schema
 from test_video import read
 
 from longlive_jax import cache_dir, cli, timeline
+from longlive_jax.config import Recache
 from longlive_jax.errors import InputError
 
 
@@ -62,6 +63,51 @@ def test_prompts_change_in_the_order_of_their_times(longlive):
         {"prompt": "three: 3", "requested_s": 3.0, "applied_s": 57 / 16},
         {"prompt": "four", "requested_s": 8.0, "applied_s": 129 / 16},
     ]
+
+
+def test_flags_say_what_a_switch_does(longlive):
+    model = fake.Model()
+    arguments = ["generate", "--prompt", "one", "--at", "2: two", "--cut", "4: three"]
+    assert longlive(*arguments, "--recache", "keep", model=model)[0] == 0
+    ((*_, events),) = model.calls
+    assert [event.mode for event in events] == ["keep", "keep"]
+    choices = ["--recache", "bidirectional", "--sinks", "window", "--rope", "relative"]
+    assert longlive(*arguments, *choices, model=model)[0] == 0
+    assert model.streamed == [
+        {},
+        {"rope": "relative", "recache": Recache("bidirectional", "window")},
+    ]
+
+
+def test_a_story_and_a_list_of_prompts_are_made(longlive):
+    model, events = fake.Model(), [{"at": 1, "switch": "two"}, {"at": 2, "cut": "three"}]
+    with open("cat.png", "wb"), open("story.json", "w", encoding="utf-8") as file:
+        json.dump(
+            {"prompt": "one", "seconds": 3, "seed": 7, "image": "cat.png", "events": events}, file
+        )
+    code, _, err = longlive("generate", "--script", "story.json", "--output", "s.mp4", model=model)
+    assert code == 0, err
+    ((prompt, seconds, seed, _, told),) = model.calls
+    assert (prompt, seconds, seed) == ("one", 3, 7)
+    assert [(e.time_s, e.kind, e.prompt) for e in told] == [
+        (1, "switch", "two"),
+        (2, "cut", "three"),
+    ]
+    assert [str(image) for image, _ in model.begun] == ["cat.png"]
+    assert len(read("s.mp4")) == 48
+    with open("prompts.txt", "w", encoding="utf-8") as file:
+        file.write("one\n\ntwo\n")
+    code, _, err = longlive(
+        "generate", "--script", "prompts.txt", "--seconds", "1", "--json", "r.json"
+    )
+    assert code == 0, err
+    assert {"out-000.mp4", "out-001.mp4", "r-000.json", "r-001.json"} < set(os.listdir())
+
+
+def test_the_session_is_saved_also_after_ctrl_c(longlive):
+    model = fake.Model(interrupt_at=2)
+    code, _, _ = longlive("generate", "--prompt", "one", "--save-session", "here", model=model)
+    assert (code, [str(folder) for folder in model.saved]) == (130, ["here"])
 
 
 def test_the_report_can_be_a_file(longlive):
@@ -122,6 +168,15 @@ BAD = {
     "unquoted": (["--prompt", "a", "dot"], '"dot"'),
     "no steps": (["--prompt", "x", "--steps", "0"], "--steps=0"),
     "negative seed": (["--prompt", "x", "--seed", "-1"], "--seed=-1"),
+    "no session": (["--resume", "nowhere"], "there is no session in nowhere"),
+    "no picture": (["--prompt", "x", "--image", "no.png"], "there is no file no.png"),
+    "no script": (["--script", "no.json"], "cannot read no.json"),
+    "told twice": (["--prompt", "x", "--script", "s.json"], "is told by --script s.json"),
+    "kept and re-read": (
+        ["--prompt", "x", "--recache", "keep", "--sinks", "first"],
+        "--sinks is about a memory that is re-read",
+    ),
+    "unknown way": (["--prompt", "x", "--recache", "magic"], "magic"),
 }
 
 

@@ -104,6 +104,34 @@ def test_generate_writes_a_video_and_a_report(tmp_path):
     assert [s["requested_s"] for s in said["switches"]] == [1.0, 2.0]
 
 
+def test_a_saved_session_is_resumed_by_the_command(tmp_path, tiny):
+    """What was made ahead, or cut off at the end of the first file, begins the second."""
+    first, second, folder = (tmp_path / name for name in ("one.mp4", "two.mp4", "session"))
+    arguments = [
+        "generate",
+        "--prompt",
+        RED,
+        "--seconds",
+        "1.5",
+        "--steps",
+        "1",
+        "--at",
+        f"1: {BLUE}",
+    ]
+    arguments += ["--output", str(first), "--save-session", str(folder)]
+    assert cli.run(arguments, load=longlive_jax.load) == 0
+    report = tmp_path / "two.json"
+    arguments = ["generate", "--resume", str(folder), "--seconds", "1.5", "--prompt", GREEN]
+    arguments += ["--output", str(second), "--json", str(report)]
+    assert cli.run(arguments, load=longlive_jax.load) == 0
+    session = longlive_jax.restore(folder, model=tiny)
+    assert session.frame == 24 and session.last.prompt == BLUE
+    said = json.loads(report.read_text())
+    assert said["frames"] == 24 and said["steps"] == 1
+    # 9 frames of the chunk that was cut off are left: the next one is the first to be green.
+    assert [(s["requested_s"], s["applied_s"]) for s in said["switches"]] == [(0.0, 9 / 16)]
+
+
 @pytest.mark.parametrize("missing", ["config.json", "vae.safetensors", "tokenizer.json"])
 def test_a_model_without_a_part_is_refused(tmp_path, missing):
     for path in (SHIPPED / "tiny").iterdir():
