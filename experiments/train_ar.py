@@ -38,9 +38,9 @@ _CLUSTER = flags.DEFINE_bool("cluster", False, "Take these from Slurm, Open MPI 
 def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConfig:
     """The run that a config file and its overrides describe."""
     fields = given.to_dict()
-    stream = dataclasses.replace(model.config.stream, **fields["ar"].pop("stream", {}))
     recycling = fields.pop("recycling", None)
     try:
+        stream = dataclasses.replace(model.config.stream, **fields["ar"].pop("stream", {}))
         return trainer.TrainConfig(
             source=SourceConfig(**fields.pop("source")),
             ar=ARConfig(stream, **fields.pop("ar")),
@@ -49,7 +49,9 @@ def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConf
             sample_prompts=tuple(fields.pop("sample_prompts", ())),
             **fields,
         )
-    except TypeError as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InputError(f"the config does not fit: {error}") from error
 
 

@@ -1,8 +1,10 @@
 """Where arrays lie on several devices: one mesh of three axes, and the rules for it.
 
-data   different videos; every device has all weights
-fsdp   different videos; every device has a part of each weight
-seq    different parts of the same videos (sequence parallel)
+    data   different videos; every device has all weights
+    fsdp   different videos
+    seq    different parts of the same videos (sequence parallel)
+
+Weights, and what belongs to them, are spread over the devices of `fsdp` and `seq` together.
 """
 
 from __future__ import annotations
@@ -41,14 +43,15 @@ def frames(x: Array, mesh: Mesh) -> Array:
 
 
 def of_weight(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """A parameter's place: its largest axis that divides is spread over `fsdp`. The leading axis of
-    stacked blocks is left whole: a layer is gathered when its turn comes.
+    """A parameter's place: a matrix is spread over `fsdp` and `seq` along its largest axis that
+    divides. The leading axis of stacked blocks is left whole: a layer is gathered when its turn
+    comes. What is small is whole everywhere: gathering it would cost more than it is.
     """
-    parts, first = mesh.shape[FSDP], int(".blocks." in f".{name}")
+    parts, first = mesh.shape[FSDP] * mesh.shape[SEQ], int(".blocks." in f".{name}")
     fitting = [i for i in range(first, len(shape)) if shape[i] % parts == 0]
-    axes: list[str | None] = [None] * len(shape)
-    if fitting and parts > 1:
-        axes[max(fitting, key=lambda i: shape[i])] = FSDP
+    axes: list[tuple[str, str] | None] = [None] * len(shape)
+    if fitting and parts > 1 and name.endswith("kernel"):
+        axes[max(fitting, key=lambda i: shape[i])] = (FSDP, SEQ)
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 

@@ -23,7 +23,7 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 2):
         self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         names = ("state", "data", "config", "errors")
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=names)
 
@@ -59,23 +59,32 @@ class Checkpoints:
         each leaf goes now, which may be another mesh than it came from.
 
         Raises:
-          InputError: the run had another model.
+          InputError: the run had another model or optimizer, or the files are damaged.
         """
         step = self.latest
-        items = {
-            "state": ocp.args.StandardRestore(like),
-            "data": ocp.args.JsonRestore(),
-            "config": ocp.args.JsonRestore(),
-        }
+        began = self._read(step, config=ocp.args.JsonRestore())["config"]
+        for word, name in (("model", "model"), ("kind of optimizer", "optimizer.kind")):
+            found, wanted = _at(began, name), _at(config, name)
+            if found != wanted:
+                raise InputError(
+                    f"{self.folder} holds a run that began with another {word}:"
+                    f" {json.dumps(found)}, not {json.dumps(wanted)}"
+                )
+        items = {"state": ocp.args.StandardRestore(like), "data": ocp.args.JsonRestore()}
         if (self.folder / str(step) / "errors").is_dir():
             items["errors"] = ocp.args.StandardRestore()
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        if found["config"].get("model") != config.get("model"):
-            raise InputError(
-                f"{self.folder} holds a run that began with another model:"
-                f" {json.dumps(found['config'].get('model'))}"
-            )
+        found = self._read(step, **items)
         return found["state"], found["data"], found.get("errors") or {}
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[:1]
+            raise InputError(
+                f"the checkpoint of step {step} in {self.folder} is damaged, or is not of such a"
+                f" model: {''.join(reason)}"
+            ) from error
 
     def wait(self) -> None:
         """Until everything is written.
@@ -96,7 +105,17 @@ class Checkpoints:
         kept = (
             "there is none before it" if last is None else f"the last whole one is of step {last}"
         )
-        return InputError(f"a checkpoint could not be written into {self.folder} ({error}); {kept}")
+        reason = "".join(str(error).splitlines()[:1])
+        return InputError(
+            f"a checkpoint could not be written into {self.folder} ({reason}); {kept}"
+        )
+
+
+def _at(config: dict[str, Any], name: str) -> Any:
+    """The value in nested dicts, of a path with dots; None where there is none."""
+    for key in name.split("."):
+        config = (config or {}).get(key)
+    return config
 
 
 def shapes(state: TrainState, places: TrainState) -> TrainState:

@@ -30,6 +30,7 @@ from longlive_jax.train.ar import Latents, Task
 
 Entry = Float[np.ndarray, "chunk h w c"]
 Host = Float[np.ndarray, "b f h w c"]
+Shown = Float[Array, "*parts b f h w c"]
 
 
 def _random(entries: list[np.ndarray], entry: np.ndarray, rng: np.random.Generator) -> None:
@@ -224,9 +225,9 @@ class Errors:
     is added, None only where a config never adds any: all steps of a run have the same signature.
     """
 
-    error: Host | Latents | None
-    noise_error: Host | Latents | None
-    context_error: Host | Latents | None
+    error: Host | Shown | None
+    noise_error: Host | Shown | None
+    context_error: Host | Shown | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from longlive_jax import sharding
 from longlive_jax.data import montage
 from longlive_jax.data.latents import LatentCache, Shelf
-from longlive_jax.data.pipeline import Batches, PipelineConfig
+from longlive_jax.data.pipeline import Batch, Batches, PipelineConfig
 from longlive_jax.errors import InputError
 from longlive_jax.model import Model
-from longlive_jax.train.ar import Latents, Videos
+from longlive_jax.train.ar import Videos
 from longlive_jax.vae.sharded import encode_rank
 from longlive_jax.vae.vae import VAE, encode
 
@@ -67,20 +67,24 @@ class Source:
             batch=cfg.parts * share,
             seed=cfg.seed,
             start=cfg.start,
-            rank=first // share,
-            ranks=cfg.batch // share,
             workers=cfg.workers,
         )
+        # Readers take turns in the order of the samples. A process with some of the rows has one
+        # for each, so that a row is the same sample however many processes there are.
+        readers = [pipeline]
+        if share < cfg.batch:
+            row = dict(batch=cfg.parts, ranks=cfg.batch, workers=-(-cfg.workers // share))
+            readers = [dataclasses.replace(pipeline, rank=r, **row) for r in range(first, last)]
         cache = None
         if cfg.cache:
             shelf = Shelf(pathlib.Path(cfg.cache), model.fingerprint)
             cache = LatentCache(shelf, self._encode_alone)
-        self.batches = Batches(pathlib.Path(cfg.folder), pipeline, cache)
+        self.readers = [Batches(pathlib.Path(cfg.folder), reader, cache) for reader in readers]
         self._said = functools.lru_cache(4096)(self._embed)
 
     def __next__(self) -> Videos:
         """Videos in parts, on their devices."""
-        cfg, batch = self.cfg, next(self.batches)
+        cfg, batch = self.cfg, _joined([next(reader) for reader in self.readers], self.cfg.parts)
         own = [_indexed(prompts, cfg.prompts or cfg.chunks) for prompts in batch.prompts]
         frames = self.cfg.chunks * self.model.config.stream.chunk
         valid = np.arange(frames) < batch.valid[:, None]
@@ -96,19 +100,23 @@ class Source:
         )
 
     def get_state(self) -> dict[str, Any]:
-        return self.batches.get_state()
+        return self.readers[0].get_state()  # the same of all
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.batches.set_state(state)
+        for reader in self.readers:
+            reader.set_state(state)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for reader in self.readers:
+            reader.close()
 
     def _put(self, x: np.ndarray, spread: bool) -> Array:
         """This process's rows of an array as part of the whole, parts b …"""
         x = x.reshape(self.cfg.parts, -1, *x.shape[1:])
         spec = PartitionSpec(None, sharding.BATCH, sharding.SEQ if spread else None)
-        shape, first = (
-            (x.shape[0], self.cfg.batch, *x.shape[2:]),
-            _own_rows(self.mesh, self.cfg.batch)[0],
-        )
+        shape = (x.shape[0], self.cfg.batch, *x.shape[2:])
+        first, _ = _own_rows(self.mesh, self.cfg.batch)
 
         def piece(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[1].indices(self.cfg.batch)
@@ -116,7 +124,7 @@ class Source:
 
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), piece)
 
-    def _encode(self, frames: UInt8[np.ndarray, "b t H W 3"]) -> Latents:
+    def _encode(self, frames: UInt8[np.ndarray, "b t H W 3"]) -> Float[Array, "parts own f h w c"]:
         blank = self.model.config.vae.time_stride - 1
         frames = np.pad(frames, ((0, 0), (blank, 0), (0, 0), (0, 0), (0, 0)))  # `lay_out`, in bytes
         return _encode(self.model.vae, self._put(frames, True), self.mesh)
@@ -148,6 +156,19 @@ def _own_rows(mesh: Mesh, batch: int) -> tuple[int, int]:
         for index in spread.addressable_devices_indices_map((batch,)).values()
     ]
     return min(start for start, _, _ in rows), max(stop for _, stop, _ in rows)
+
+
+def _joined(batches: list[Batch], parts: int) -> Batch:
+    """Batches of several readers, each in parts, as one in parts."""
+    whole = [x for batch in batches for x in batch.samples]
+    order = np.arange(len(whole)).reshape(len(batches), parts, -1).swapaxes(0, 1).reshape(-1)
+    prompts = [x for batch in batches for x in batch.prompts]
+    return Batch(
+        samples=tuple(whole[i] for i in order),
+        prompts=tuple(prompts[i] for i in order),
+        valid=np.concatenate([batch.valid for batch in batches])[order],
+        video=np.concatenate([batch.video for batch in batches])[order],
+    )
 
 
 def _indexed(prompts: Sequence[str], most: int) -> tuple[list[str], list[int]]:

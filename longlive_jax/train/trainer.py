@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
@@ -18,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longlive_jax import gpus, sharding, weights
+from longlive_jax import gpus, output, sharding, weights
 from longlive_jax.config import ModelConfig
 from longlive_jax.dit import mask
 from longlive_jax.dit.model import DiT
@@ -31,7 +34,7 @@ from longlive_jax.train.ar import ARConfig, Videos
 from longlive_jax.train.checkpoint import Checkpoints, shapes
 from longlive_jax.train.recycling import Errors, Recycler, RecyclingConfig
 from longlive_jax.train.source import Source, SourceConfig
-from longlive_jax.train.state import OptimizerConfig, TrainState
+from longlive_jax.train.state import OptimizerConfig, TrainState, optimizer
 from longlive_jax.train.step import Outcome, Program
 from longlive_jax.video import VideoWriter
 
@@ -66,7 +69,7 @@ class TrainConfig:
 
 
 class Stopped(InputError):
-    """Training cannot go on: the loss is no number."""
+    """Training cannot go on: the loss or its gradient is no number."""
 
 
 class Run:
@@ -78,8 +81,12 @@ class Run:
     """
 
     def __init__(self, cfg: TrainConfig, model: Model, workdir: pathlib.Path):
+        model = dataclasses.replace(  # videos are cut, and samples made, as the run says
+            model, config=dataclasses.replace(model.config, stream=cfg.ar.stream)
+        )
         self.cfg, self.model, self.workdir = cfg, model, workdir
         mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.seq)
+        _check_config(cfg, mesh)
         frames = cfg.source.chunks * cfg.ar.stream.chunk
         ar.check(cfg.ar, frames, model.config.dit.heads, cfg.seq)
         source.check(cfg.source, mesh)
@@ -88,8 +95,9 @@ class Run:
         dtype = DTYPES[cfg.dtype]
         self.program = Program(model.dit, cfg.ar, cfg.optimizer, mesh, dtype, recycles)
         self.recycler = _recycler(cfg, model.config) if recycles else None
-        self.checkpoints = Checkpoints(workdir.absolute() / "checkpoints")
-        self.metrics = metrics.Metrics(workdir)
+        with output.writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            self.checkpoints = Checkpoints(workdir.absolute() / "checkpoints")
 
     def train(self) -> TrainState:
         """Trains until `optimizer.steps`, from the last checkpoint if there is one. On SIGTERM or
@@ -97,12 +105,16 @@ class Run:
 
         Raises:
           Stopped: the loss is no number.
+          InputError: the folder holds another run, nothing can be written, or no video be read.
         """
         try:
             with _signals() as told:
-                return self._steps(self._begin(), told)
+                state = self._begin()
+                told_to = metrics.Metrics(self.workdir, int(state.step))
+                with contextlib.closing(told_to):
+                    return self._steps(state, told, told_to)
         finally:
-            self.metrics.close()
+            self.videos.close()
             self.checkpoints.close()
 
     def _begin(self) -> TrainState:
@@ -120,27 +132,32 @@ class Run:
         logging.info("resumed at step %d", int(state.step))
         return state
 
-    def _steps(self, state: TrainState, told: list[int]) -> TrainState:
+    def _steps(self, state: TrainState, told: list[int], to: metrics.Metrics) -> TrainState:
         cfg, last = self.cfg, self.cfg.optimizer.steps
         run, rate = self.program.compile(), _Rate(cfg, self.model)
         step, counted, since = int(state.step), 0, time.perf_counter()
-        while step < last and not told:
+        found: list[tuple[jax.Array, jax.Array]] = []  # loss and norm of the steps not yet checked
+        ends = _anywhere(told, self.program.mesh)
+        while step < last and not ends():
+            ends = _anywhere(told, self.program.mesh)
             state, outcome = self._step(run, state, step)
+            found.append((outcome.loss, outcome.gradient_norm))
             step, counted = step + 1, counted + 1
             due = lambda every: every and (step % every == 0 or step == last)  # noqa: E731, B023
+            if due(cfg.log_every) or due(cfg.save_every) or due(cfg.sample_every):
+                loss, norm = self._check(found, step)
             if due(cfg.log_every):
-                self._check(float(outcome.loss), step)
                 seconds = (time.perf_counter() - since) / counted
-                values = {"loss": float(outcome.loss), "norm": float(outcome.gradient_norm)}
-                self.metrics.write(step, values | rate(seconds))
+                to.write(step, {"loss": loss, "norm": norm} | rate(seconds))
             if due(cfg.save_every):
                 self._save(state)
             if due(cfg.sample_every):
                 sample(cfg, self.model, state, self.workdir / "samples" / f"{step:06d}")
             if due(cfg.log_every) or due(cfg.sample_every):
                 counted, since = 0, time.perf_counter()
-        if told:
+        if step < last:
             logging.info("told to end: saving step %d", step)
+            self._check(found, step)
             self._save(state)
         self.checkpoints.wait()
         return state
@@ -159,8 +176,9 @@ class Run:
         parts, b, frames = given.latents.shape[:3]
         keys = ar.video_keys(key, parts, b).reshape(-1)
         errors = self.recycler.inject(step, np.asarray(ar.timesteps(keys, frames, self.cfg.ar)))
-        place = lambda x: jax.device_put(  # noqa: E731
-            x.reshape(given.latents.shape), given.latents.sharding
+        shape, where = given.latents.shape, given.latents.sharding
+        place = lambda x: jax.make_array_from_callback(  # noqa: E731
+            shape, where, x.reshape(shape).__getitem__
         )
         return jax.tree.map(place, errors)
 
@@ -168,18 +186,52 @@ class Run:
         errors = None if self.recycler is None else self.recycler.state()
         self.checkpoints.save(state, self.videos.get_state(), self.cfg.to_json(), errors)
 
-    def _check(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            self.checkpoints.wait()
-            raise Stopped(
-                f"the loss of step {step} is {loss}; the last checkpoint is of step"
-                f" {self.checkpoints.latest}, in {self.checkpoints.folder}"
-            )
+    def _check(self, found: list[tuple[jax.Array, jax.Array]], step: int) -> tuple[float, float]:
+        """Loss and norm of a step, the last of those that were found. Nothing is saved of a step
+        before it is checked: with a gradient that is no number the weights are none either.
+        """
+        loss = norm = math.nan
+        for number, numbers in enumerate(jax.device_get(found), step - len(found) + 1):
+            loss, norm = map(float, numbers)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                bad = f"loss of step {number} is {loss}"
+                if math.isfinite(loss):
+                    bad = f"gradient of step {number} has the norm {norm}"
+                raise self._stopped(f"the {bad}")
+        found.clear()
+        return loss, norm
+
+    def _stopped(self, reason: str) -> Stopped:
+        self.checkpoints.wait()
+        last, folder = self.checkpoints.latest, self.checkpoints.folder
+        kept = "no checkpoint is" if last is None else f"the last checkpoint, of step {last}, is"
+        return Stopped(f"{reason}; {kept} in {folder}")
+
+
+def _check_config(cfg: TrainConfig, mesh: Mesh) -> None:
+    if cfg.dtype not in DTYPES:
+        raise InputError(f"dtype {cfg.dtype!r}: choose one of {', '.join(DTYPES)}")
+    try:
+        optimizer(cfg.optimizer)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if jax.process_count() > 1 and mesh.size < jax.device_count():
+        raise InputError(
+            f"a mesh of several processes must have all their {jax.device_count()} devices, not"
+            f" {mesh.size}"
+        )
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    """On the host, also what lies on devices of other processes, which must all ask for it."""
+    if not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def _flat(x: jax.Array) -> np.ndarray:
     """parts b … -> b …, on the host."""
-    return np.asarray(x).reshape(-1, *x.shape[2:])
+    return _whole(x).reshape(-1, *x.shape[2:])
 
 
 def _fresh(config: ModelConfig, seed: int) -> DiT:
@@ -222,14 +274,40 @@ class _Rate:
 
 def sample(cfg: TrainConfig, model: Model, state: TrainState, folder: pathlib.Path) -> None:
     """Videos of the averaged weights, one for each prompt."""
-    averaged = {name: x.astype(jnp.float32) for name, x in state.ema.items()}
+    averaged, own = {}, weights.flatten(model.dit)
+    for name, x in state.ema.items():
+        x = _whole(x)  # all processes take part; one makes the videos, on one device
+        if jax.process_index() == 0:
+            averaged[name] = jnp.asarray(x, own[name].dtype)
+    if not averaged:
+        return
     tuned = dataclasses.replace(model, dit=weights.unflatten(model.dit, averaged))
-    folder.mkdir(parents=True, exist_ok=True)
+    with output.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(cfg.sample_prompts):
         session = tuned.session(prompt, seed=number)
         with VideoWriter(folder / f"{number}.mp4", model.config.fps) as writer:
             for frames in session.stream(cfg.sample_seconds, lookahead=1):
                 writer.write(frames)
+
+
+def _anywhere(told: list[int], mesh: Mesh) -> Callable[[], bool]:
+    """Whether this process was told to end. Of several, whether any had been when this was called,
+    and the same answer in all: they must leave after the same step. The answer comes from the
+    devices; it is asked for before a step begins and looked at after that.
+    """
+    if jax.process_count() == 1:
+        return lambda: bool(told)
+    each = NamedSharding(mesh, PartitionSpec(sharding.AXES))
+    one = np.full(1, bool(told))
+    flags = jax.make_array_from_callback((mesh.size,), each, lambda _: one)
+    answer = _any(flags, NamedSharding(mesh, PartitionSpec()))
+    return lambda: bool(answer)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _any(flags: jax.Array, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(flags.any(), place)
 
 
 @contextlib.contextmanager
