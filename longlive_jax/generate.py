@@ -91,7 +91,7 @@ def _beside(path: pathlib.Path, count: int) -> list[pathlib.Path]:
 def _make(request: Request, story: Story, session: Any, console: Console) -> None:
     """One video of one session, its report, and the session to go on from."""
     config, events = session.model.config, story.events
-    for note in filter(None, session.notes):
+    for note in session.notes:
         console.print(note, markup=False, soft_wrap=True)
     chunks = timeline.chunk_count(config, story.seconds)
     with bench.CompileClock() as clock:

@@ -44,10 +44,7 @@ def begin(
     cfg, text, given, notes = model.config, model.prompt_kv([prompt]), None, ()
     if image is not None:
         picture = media.read_image(image, cfg.height, cfg.width)
-        given, notes = (
-            _encode(model.vae, _floats(picture.frames)),
-            tuple(filter(None, (picture.note,))),
-        )
+        given, notes = _encode(model.vae, _floats(picture.frames)), (picture.note,)
     carry = coder.init_carry(model.vae, 1, cfg.height, cfg.width)
     state = State(rollout.begin(cfg, [seed], text.k.dtype), carry, text)
     position = Position(prompt=prompt, whole=prompt)
