@@ -95,7 +95,8 @@ def stage(name: str, source: pathlib.Path, model: pathlib.Path) -> dict[str, flo
         return run(model)
     from longlive_jax.convert.run import convert
 
-    return convert([source], model) or {}
+    convert([source], model)
+    return {}
 
 
 def main(_):
