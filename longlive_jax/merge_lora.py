@@ -51,9 +51,16 @@ def run(
     }
     with weights.new_folder(target) as folder:
         weights.write(folder, _PART, pending)
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.startswith(_REPLACED):
-                _take(file, folder / file.name)
+        take_others(source, folder)
+
+
+def take_others(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts into `folder` what the model in `source` has beside its transformer. Weights are linked
+    where the disk allows it; the rest, and what people edit, is copied.
+    """
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.startswith(_REPLACED):
+            _take(file, folder / file.name)
 
 
 def _pieces(tensors, path: str, lora: loras.Lora) -> Iterator[np.ndarray]:
@@ -71,7 +78,6 @@ def _pieces(tensors, path: str, lora: loras.Lora) -> Iterator[np.ndarray]:
 
 
 def _take(file: pathlib.Path, target: pathlib.Path) -> None:
-    """Weights are linked; what people edit is copied."""
     if file.suffix != ".safetensors":
         shutil.copyfile(file, target)
         return

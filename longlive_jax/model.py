@@ -118,10 +118,19 @@ class Model:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The same for models of the same config, with the same weights in the same types."""
-        digest = hashlib.sha256(json.dumps(config.to_json(self.config)).encode())
-        for x in jax.device_get(_excerpts((self.dit, self.vae, self.text.umt5))):
-            digest.update(f"{x.dtype}".encode() + x.tobytes())
-        return digest.hexdigest()[:16]
+        return _digest(config.to_json(self.config), (self.dit, self.vae, self.text.umt5))
+
+    @functools.cached_property
+    def vae_fingerprint(self) -> str:
+        """The same for models whose latents are the same."""
+        return _digest(dataclasses.asdict(self.config.vae), self.vae)
+
+
+def _digest(facts: dict, parts: Any) -> str:
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for x in jax.device_get(_excerpts(parts)):
+        digest.update(f"{x.dtype}".encode() + x.tobytes())
+    return digest.hexdigest()[:16]
 
 
 @jax.jit
@@ -154,8 +163,8 @@ def load(
     Raises:
       InputError: there is no such model, or a part of it is missing or broken.
     """
-    folder = SHIPPED / name if name == "tiny" else pathlib.Path(name)
-    cfg = _config(folder)
+    folder = folder_of(name)
+    cfg = read_config(folder)
     decoder = _decoder(folder, cfg, vae)
     build = {
         "dit": lambda: DiT(cfg.dit, rngs=nnx.Rngs(0)),
@@ -190,7 +199,13 @@ def load(
     return Model(cfg, parts["dit"], parts["vae"], text, origin)
 
 
-def _config(folder: pathlib.Path) -> ModelConfig:
+def folder_of(name: str | os.PathLike) -> pathlib.Path:
+    """Where a model is: "tiny" ships with the package, other names are folders."""
+    return SHIPPED / name if name == "tiny" else pathlib.Path(name)
+
+
+def read_config(folder: pathlib.Path) -> ModelConfig:
+    """Of a model in a folder. Raises InputError where there is none."""
     path = folder / "config.json"
     try:
         return config.from_json(json.loads(path.read_text("utf-8")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 from absl import flags
@@ -11,7 +12,11 @@ from longlive_jax.commands.shared import Load, choosing, define_model, report_pa
 
 def define(values: flags.FlagValues) -> None:
     """Flags of `longlive eval`."""
-    flags.DEFINE_enum("suite", "toy", ["toy", "switch"], "what to measure", flag_values=values)
+    suites = ["toy", "switch", "drift"]
+    flags.DEFINE_enum("suite", "toy", suites, "what to measure", flag_values=values)
+    flags.DEFINE_float(
+        "seconds", 60.0, "length of the videos of --suite drift", 10.0, flag_values=values
+    )
     define_model(values)
 
 
@@ -25,6 +30,7 @@ def run(values: flags.FlagValues, load: Load) -> None:
 
     from longlive_jax.eval import run  # imports JAX
 
-    suite = {"toy": run.toy, "switch": run.switch}[values.suite]
+    long = functools.partial(run.drift, seconds=values.seconds)
+    suite = {"toy": run.toy, "switch": run.switch, "drift": long}[values.suite]
     scores = suite(choosing(load, values)(values.model), steps=values.steps, seed=values.seed)
     output.write_report(target, json.dumps(scores, indent=2) + "\n")

@@ -29,5 +29,4 @@ def run(values: flags.FlagValues, load: Load) -> None:
 
     from longlive_jax import merge_lora, model  # imports JAX
 
-    source = model.SHIPPED / "tiny" if values.model == "tiny" else values.model
-    merge_lora.run(source, values.lora, values.output, alpha=values.alpha)
+    merge_lora.run(model.folder_of(values.model), values.lora, values.output, alpha=values.alpha)

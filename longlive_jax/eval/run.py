@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longlive_jax import report
+from longlive_jax.eval import drift as drifting
 from longlive_jax.eval import switching, toy_suite
 from longlive_jax.eval.generate import generator
 from longlive_jax.eval.reconstruct import reconstructor
@@ -38,6 +39,17 @@ def switch(model: Model, *, steps: int | None, seed: int, **sizes: int) -> dict[
         **sizes,
     )
     return _labelled("switch", model, steps, seed) | scores
+
+
+def drift(model: Model, *, steps: int | None, seed: int, **sizes: float) -> dict[str, Any]:
+    """The same for long videos of one prompt; `seconds` is how long, `videos` how many."""
+    scores = drifting.evaluate(
+        generator(model, steps=steps),
+        seed=seed,
+        reconstruct=reconstructor(model.config, model.vae),
+        **sizes,
+    )
+    return _labelled("drift", model, steps, seed) | scores
 
 
 def _labelled(suite: str, model: Model, steps: int | None, seed: int) -> dict[str, Any]:

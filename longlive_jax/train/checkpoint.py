@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,7 +64,7 @@ class Checkpoints:
           InputError: the run had another model or optimizer, or the files are damaged.
         """
         step = self.latest
-        began = self._read(step, config=ocp.args.JsonRestore())["config"]
+        began = self.config(step)
         for word, name in (("model", "model"), ("kind of optimizer", "optimizer.kind")):
             found, wanted = _at(began, name), _at(config, name)
             if found != wanted:
@@ -76,9 +78,31 @@ class Checkpoints:
         found = self._read(step, **items)
         return found["state"], found["data"], found.get("errors") or {}
 
+    def config(self, step: int) -> dict[str, Any]:
+        """Of the run that wrote a checkpoint."""
+        return self._read(step, config=ocp.args.JsonRestore())["config"]
+
+    def ema(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+        """The averaged weights alone, on the host.
+
+        Raises:
+          InputError: they are of another model than `like`, or the files are damaged.
+        """
+        path = self.folder / str(step) / "state"
+        wanted = {"ema": dict(like)}
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=as_arrays, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, self._reading(step):
+            return reader.restore(path, args=args)["ema"]
+
     def _read(self, step: int, **items: Any) -> Any:
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[:1]
             raise InputError(

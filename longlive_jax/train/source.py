@@ -77,7 +77,7 @@ class Source:
             readers = [dataclasses.replace(pipeline, rank=r, **row) for r in range(first, last)]
         cache = None
         if cfg.cache:
-            shelf = Shelf(pathlib.Path(cfg.cache), model.fingerprint)
+            shelf = Shelf(pathlib.Path(cfg.cache), model.vae_fingerprint)
             cache = LatentCache(shelf, self._encode_alone)
         self.readers = [Batches(pathlib.Path(cfg.folder), reader, cache) for reader in readers]
         self._said = functools.lru_cache(4096)(self._embed)

@@ -1,0 +1,237 @@
+"""What a step of teacher forcing costs, by how its sequence is spread over devices and by what it
+keeps; `longlive bench --suite train`.
+
+Virtual devices of one CPU share its cores: what is measured there is all the work of all ranks. On
+devices of their own it is the time of the slowest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from longlive_kernels.attention.chunk_table import chunk_table
+
+from longlive_jax import report, sharding, timeline, weights
+from longlive_jax.bench_session import show
+from longlive_jax.config import ModelConfig
+from longlive_jax.dit import mask
+from longlive_jax.dit.attention import as_table
+from longlive_jax.dit.model import REMAT
+from longlive_jax.train import ar
+from longlive_jax.train.ar import ARConfig, Videos
+from longlive_jax.train.order import Order
+from longlive_jax.train.state import OptimizerConfig
+from longlive_jax.train.step import Program
+from longlive_jax.vae.sharded import encode_rank, lay_out
+from longlive_jax.vae.vae import encode
+
+__all__ = ["TrainReport", "run", "show"]
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-5, steps=1000)
+DENSE = 192  # latent frames: of more, dense scores are too large to be written out
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """One step and the encoding of its video over so many ranks. ratio: of the two together, to
+    those of one device.
+    """
+
+    step_s: float
+    encode_s: float
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step on one device. temporary_bytes: at their highest, beside state and videos."""
+
+    step_s: float
+    temporary_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention of one layer and sequence, and with its gradient; bytes beside the operands."""
+
+    forward_s: float
+    gradient_s: float
+    forward_bytes: int
+    gradient_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainReport:
+    """Medians over repeats, after one of each for warm-up.
+
+    spread: by SP and ranks ("balanced 4"). remat: by what blocks keep for their gradient.
+    attention: by backend and latent frames ("xla 192"; "reference" writes out all scores, also the
+    hidden ones).
+    """
+
+    model: str
+    latents: int
+    batch: int
+    repeats: int
+    spread: dict[str, Spread]
+    remat: dict[str, Step]
+    attention: dict[str, Attention]
+    device: str
+    devices: int
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def run(
+    model: Any,
+    *,
+    seconds: float,
+    repeat: int,
+    seed: int,
+    steps: int | None,
+    batch: int = 2,
+) -> TrainReport:
+    """Measures steps of random videos; `steps`, of denoising, means nothing here.
+
+    Raises:
+      InputError: the sequence's chunks or the model's heads do not divide over the ranks.
+    """
+    del steps
+    cfg = model.config
+    chunks = timeline.chunk_count(cfg, seconds)
+    frames = chunks * cfg.stream.chunk
+    ranks = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
+    given = videos(cfg, batch, frames, seed)
+    clock = functools.partial(median_seconds, repeat=repeat)
+    return TrainReport(
+        model=cfg.name,
+        latents=frames,
+        batch=batch,
+        repeats=repeat,
+        spread=spreads(model, given, ranks, clock),
+        remat={name: step_of(model, given, name, clock) for name in REMAT},
+        attention=attentions(cfg, seed, clock),
+        device=report.device_name(),
+        devices=jax.device_count(),
+        versions=report.versions(),
+    )
+
+
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def median_seconds(act: Callable[[], Any], repeat: int) -> float:
+    """Of a call that was made once before, results waited for."""
+    jax.block_until_ready(act())
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(act())
+        return time.perf_counter() - start
+
+    return statistics.median(once() for _ in range(repeat))
+
+
+def videos(cfg: ModelConfig, b: int, frames: int, seed: int) -> Videos:
+    """Random ones, in one part, under one prompt."""
+    keys = jax.random.split(jax.random.key(seed))
+    shape = (1, b, frames, cfg.latent_height, cfg.latent_width, cfg.dit.channels)
+    return Videos(
+        latents=jax.random.normal(keys[0], shape),
+        context=jax.random.normal(keys[1], (1, b, 1, cfg.dit.text_len, cfg.dit.text_dim)),
+        prompt=jnp.zeros((1, b, frames // cfg.stream.chunk), jnp.int32),
+        valid=jnp.ones((1, b, frames)),
+    )
+
+
+def spreads(model: Any, given: Videos, ranks: Sequence[int], clock: Clock) -> dict[str, Spread]:
+    cfg, found = model.config, {}
+    frames = given.latents.shape[2]
+    for n in ranks:
+        ar.check(ARConfig(cfg.stream), frames, cfg.dit.heads, n)
+        mesh = sharding.make_mesh(seq=n)
+        for name, balanced in (("plain", False), ("balanced", True)):
+            step_s = clock(stepper(model, given, ARConfig(cfg.stream, balanced=balanced), mesh)[0])
+            encode_s = clock(encoder(model, given, mesh, balanced))
+            found[f"{name} {n}"] = step_s, encode_s
+    alone = sum(found["balanced 1"])
+    return {name: Spread(*times, sum(times) / alone) for name, times in found.items()}
+
+
+def step_of(model: Any, given: Videos, remat: str, clock: Clock) -> Step:
+    cfg = ARConfig(model.config.stream, remat=remat)
+    act, program = stepper(model, given, cfg, sharding.make_mesh())
+    return Step(clock(act), program.memory_analysis().temp_size_in_bytes)
+
+
+def stepper(
+    model: Any, given: Videos, cfg: ARConfig, mesh: Mesh
+) -> tuple[Callable[[], Any], jax.stages.Compiled]:
+    """A call that trains for one more step, and its program."""
+    program = Program(model.dit, cfg, OPTIMIZER, mesh)
+    state = program.create(weights.flatten(model.dit))
+    given, key = program.videos(given), jax.random.key(0)
+    compiled = program.compile().lower(state, given, key, None).compile()
+
+    def act() -> Any:
+        nonlocal state
+        state, outcome = compiled(state, given, key, None)
+        return outcome.loss
+
+    return act, compiled
+
+
+def encoder(model: Any, given: Videos, mesh: Mesh, balanced: bool) -> Callable[[], Any]:
+    """A call that encodes the videos: each rank its part of them, or as in plain SP all of them."""
+    cfg = model.config
+    _, b, frames = given.latents.shape[:3]
+    pixels = frames * cfg.vae.time_stride - cfg.vae.time_stride + 1
+    video = jax.random.uniform(
+        jax.random.key(1), (b, pixels, cfg.height, cfg.width, 3), minval=-1.0
+    )
+    if balanced:
+        video, place = lay_out(cfg.vae, video), PartitionSpec(sharding.BATCH, sharding.SEQ)
+        local = encode_rank
+    else:
+        place, local = PartitionSpec(sharding.BATCH), encode
+    spread = dict(in_specs=(PartitionSpec(), place), out_specs=place, check_vma=balanced)
+    program = jax.jit(jax.shard_map(local, mesh=mesh, **spread))
+    return functools.partial(program, model.vae, jax.device_put(video, NamedSharding(mesh, place)))
+
+
+def attentions(cfg: ModelConfig, seed: int, clock: Clock) -> dict[str, Attention]:
+    found = {}
+    for frames in (DENSE // 2, DENSE, 2 * DENSE):
+        frames -= frames % cfg.stream.chunk
+        table = as_table(Order().table(mask.clean(frames, cfg.stream.chunk)))
+        shape = (1, 2 * frames * cfg.tokens_per_frame, cfg.dit.heads, cfg.dit.head_dim)
+        keys = jax.random.split(jax.random.key(seed), 3)
+        args = [jax.random.normal(key, shape) for key in keys]
+        for backend in ("xla", "reference")[: 1 + (frames <= DENSE)]:
+            attend = functools.partial(chunk_table, table=table, implementation=backend)
+            found[f"{backend} {frames}"] = _attention(attend, args, clock)
+    return found
+
+
+def _attention(attend: Callable, args: Sequence[jax.Array], clock: Clock) -> Attention:
+    forward = jax.jit(attend).lower(*args).compile()
+    gradient = jax.grad(lambda *x: jnp.sum(attend(*x) ** 2), (0, 1, 2))
+    gradient = jax.jit(gradient).lower(*args).compile()
+    bytes_of = lambda program: program.memory_analysis().temp_size_in_bytes  # noqa: E731
+    return Attention(
+        clock(functools.partial(forward, *args)),
+        clock(functools.partial(gradient, *args)),
+        bytes_of(forward),
+        bytes_of(gradient),
+    )
