@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from longlive_jax import report, timeline
 from longlive_jax.events import CUT_PREFIX, Event
@@ -175,12 +173,3 @@ def run(model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None
         measured = [video(number, seconds) for number in range(repeat)]
     summary = summarise(measured, 0, compile_s=clock.seconds, seed=seed)
     return dataclasses.replace(summary, warmup_chunks=len(warmup.marks))
-
-
-def show(summary: report.Report, to_stderr: bool) -> None:
-    """Prints the report as a table."""
-    table = Table("measure", "value", title=summary.device)
-    for name, value in dataclasses.asdict(summary).items():
-        words = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name, words)
-    Console(stderr=to_stderr).print(table, markup=False)

@@ -15,8 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from longlive_jax import report, saved, timeline
 from longlive_jax.batch import Batch
@@ -341,25 +339,3 @@ def run(
         seed=seed,
         steps=len(model.solver(steps).steps),
     )
-
-
-def show(summary: SessionReport, to_stderr: bool) -> None:
-    """Prints the report as a table, a row for each way, size and moment."""
-    table = Table("measure", "value", title=summary.device)
-    for name, value in dataclasses.asdict(summary).items():
-        parts = {f"{name}: {part}": inner for part, inner in _parts(value).items()}
-        for label, inner in (parts or {name: value}).items():
-            table.add_row(label, _words(inner))
-    Console(stderr=to_stderr).print(table, markup=False)
-
-
-def _parts(value: Any) -> dict[Any, Any]:
-    """The entries of a table within the table; nothing of any other value."""
-    of_rows = isinstance(value, dict) and all(isinstance(part, dict) for part in value.values())
-    return value if of_rows else {}
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(part)}" for name, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from longlive_kernels.attention.chunk_table import chunk_table
 
 from longlive_jax import report, sharding, timeline, weights
-from longlive_jax.bench_session import show
 from longlive_jax.config import ModelConfig
 from longlive_jax.dit import mask
 from longlive_jax.dit.attention import as_table
@@ -29,12 +28,10 @@ from longlive_jax.dit.model import REMAT
 from longlive_jax.train import ar
 from longlive_jax.train.ar import ARConfig, Videos
 from longlive_jax.train.order import Order
-from longlive_jax.train.state import OptimizerConfig
+from longlive_jax.train.state import OptimizerConfig, TrainState
 from longlive_jax.train.step import Program
 from longlive_jax.vae.sharded import encode_rank, lay_out
 from longlive_jax.vae.vae import encode
-
-__all__ = ["TrainReport", "run", "show"]
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, steps=1000)
 DENSE = 192  # latent frames: of more, dense scores are too large to be written out
@@ -101,8 +98,10 @@ def run(
     seed: int,
     steps: int | None,
     batch: int = 2,
+    ranks: Sequence[int] = (1, 2, 4, 8),
 ) -> TrainReport:
-    """Measures steps of random videos; `steps`, of denoising, means nothing here.
+    """Measures steps of random videos over as many of `ranks` as there are devices, 1 always among
+    them; `steps`, of denoising, means nothing here.
 
     Raises:
       InputError: the sequence's chunks or the model's heads do not divide over the ranks.
@@ -111,7 +110,7 @@ def run(
     cfg = model.config
     chunks = timeline.chunk_count(cfg, seconds)
     frames = chunks * cfg.stream.chunk
-    ranks = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
+    ranks = [n for n in ranks if n <= jax.device_count()]
     given = videos(cfg, batch, frames, seed)
     clock = functools.partial(median_seconds, repeat=repeat)
     return TrainReport(
@@ -180,14 +179,20 @@ def stepper(
 ) -> tuple[Callable[[], Any], jax.stages.Compiled]:
     """A call that trains for one more step, and its program."""
     program = Program(model.dit, cfg, OPTIMIZER, mesh)
-    state = program.create(weights.flatten(model.dit))
-    given, key = program.videos(given), jax.random.key(0)
-    compiled = program.compile().lower(state, given, key, None).compile()
+    state, key = program.create(weights.flatten(model.dit)), jax.random.key(0)
+    leaves, tree = jax.tree.flatten(program.videos(given))  # as `train.plan.lower` does
 
-    def act() -> Any:
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(program.places(), None))
+    def step(state: TrainState, leaves: list[jax.Array], key: jax.Array) -> tuple:
+        state, outcome = program.step(state, tree.unflatten(leaves), key)
+        return state, outcome.loss
+
+    compiled = step.lower(state, leaves, key).compile()
+
+    def act() -> jax.Array:
         nonlocal state
-        state, outcome = compiled(state, given, key, None)
-        return outcome.loss
+        state, loss = compiled(state, leaves, key)
+        return loss
 
     return act, compiled
 

@@ -9,8 +9,11 @@ import os
 import platform
 import resource
 import sys
+from typing import Any
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
 from longlive_jax.version import __version__
 
@@ -53,6 +56,28 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def show(summary: Any, to_stderr: bool) -> None:
+    """Prints a report as a table: a row for each number and each entry of its own tables."""
+    table = Table("measure", "value", title=summary.device)
+    for name, value in dataclasses.asdict(summary).items():
+        parts = {f"{name}: {part}": inner for part, inner in _parts(value).items()}
+        for label, inner in (parts or {name: value}).items():
+            table.add_row(label, _words(inner))
+    Console(stderr=to_stderr).print(table, markup=False)
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """The entries of a table within the table; nothing of any other value."""
+    of_rows = isinstance(value, dict) and all(isinstance(part, dict) for part in value.values())
+    return value if of_rows else {}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(part)}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def peak_memory() -> int:

@@ -10,6 +10,7 @@ import longlive_jax
 from longlive_jax import bench_session, cli
 from longlive_jax.bench_session import Effort, Kept, Memory, Played, Repeat, Throughput, Trial
 from longlive_jax.errors import InputError
+from longlive_jax.report import show
 
 FACTS = dict(
     model="fake", fps=16, seconds=6.0, compile_s=1.5, compiled_while_measuring=0, seed=7, steps=4
@@ -81,7 +82,7 @@ def test_everything_is_measured_and_nothing_compiled_meanwhile(monkeypatch, caps
     assert report.saved_bytes > 1e6 and report.save_s > 0 < report.restore_s
     assert (report.repeats, report.seed, report.steps, report.model) == (2, 3, 1, "tiny")
     json.loads(report.to_json())
-    bench_session.show(report, to_stderr=False)
+    show(report, to_stderr=False)
     said = capsys.readouterr().out
     for words in ("switches: keep", "batches: 2", "memory: late", "save_s", "state_per_chunk"):
         assert words in said

@@ -40,15 +40,15 @@ def run(values: flags.FlagValues, load: Load) -> None:
     if values.cpu_devices:
         jax.config.update("jax_num_cpu_devices", values.cpu_devices)
 
-    from longlive_jax import bench, bench_session, bench_train
+    from longlive_jax import bench, bench_session, bench_train, report
 
     suite = {"generate": bench, "session": bench_session, "train": bench_train}[values.suite]
-    report = suite.run(
+    summary = suite.run(
         choosing(load, values)(values.model),
         seconds=seconds,
         repeat=values.repeat,
         seed=values.seed,
         steps=values.steps,
     )
-    suite.show(report, to_stderr=target == output.STDOUT)
-    output.write_report(target, report.to_json())
+    report.show(summary, to_stderr=target == output.STDOUT)
+    output.write_report(target, summary.to_json())

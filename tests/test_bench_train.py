@@ -1,0 +1,71 @@
+"""What a training step costs: the report, on the small model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import streams
+import training
+
+import longlive_jax
+from longlive_jax import bench_train, cli
+from longlive_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return longlive_jax.load(training.write_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(bench_train, "DENSE", 4)
+    monkeypatch.setattr(jax, "jit", streams.jit)
+
+
+def measured(model, **changes):
+    asked = dict(seconds=0.8, repeat=1, seed=0, steps=None, batch=1, ranks=(1, 2)) | changes
+    return bench_train.run(model, **asked)
+
+
+def test_every_way_is_measured(model):
+    """13 pictures are 4 latents; the small model has 8 heads."""
+    found = measured(model)
+    assert (found.latents, found.batch, found.devices) == (4, 1, 8)
+    assert list(found.spread) == ["plain 1", "balanced 1", "plain 2", "balanced 2"]
+    assert found.spread["balanced 1"].ratio == 1.0
+    for spread in found.spread.values():
+        assert min(spread.step_s, spread.encode_s) > 0
+    assert list(found.remat) == ["all", "dots", "nothing"]
+    assert min(step.temporary_bytes for step in found.remat.values()) > 0
+    assert list(found.attention) == ["xla 2", "reference 2", "xla 4", "reference 4", "xla 8"]
+    scores = 4 * (2 * 4 * 4) ** 2 * 8  # float32, 8 heads, 8 frames of 4 tokens
+    assert found.attention["reference 4"].forward_bytes >= scores
+    assert json.loads(found.to_json())["spread"]["plain 2"]["ratio"] > 0
+
+
+def test_both_ways_of_encoding_give_the_same_latents(model):
+    given = bench_train.videos(model.config, 1, 4, 0)
+    mesh = bench_train.sharding.make_mesh(seq=2)
+    ours, theirs = (bench_train.encoder(model, given, mesh, way)() for way in (True, False))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_sequence_that_does_not_divide_is_refused(model):
+    with pytest.raises(InputError, match="3 latent frames do not divide into 2 ranks"):
+        measured(model, seconds=0.5)
+
+
+def test_the_command_asks_for_it(tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def run(model, **given):
+        asked.update(given)
+        return bench_train.TrainReport("fake", 4, 1, 2, {}, {}, {}, "cpu", 1, {})
+
+    monkeypatch.setattr(bench_train, "run", run)
+    arguments = ["bench", "--suite", "train", "--repeat", "2", "--json", "-"]
+    assert cli.run(arguments, load=lambda name: name) == 0
+    assert asked == dict(seconds=12.0, repeat=2, seed=0, steps=None)
+    assert json.loads(capsys.readouterr().out)["latents"] == 4
