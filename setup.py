@@ -18,8 +18,14 @@ EXTRAS = {
     # Training: metrics for TensorBoard.
     "train": ["tensorboardX>=2.6"],
     # Compiling for GPUs that are not there: the CUDA plugin of jax's own version, and ptxas.
-    # No CUDA libraries and no driver: set JAX_PLATFORMS=cpu beside it.
-    "aot": [f"jax[cuda13-local]{JAX}", "nvidia-cuda-nvcc>=13,<14"],
+    # No CUDA libraries and no driver: set JAX_PLATFORMS=cpu beside it. Triton also brings the
+    # interpreter in which tests run its kernels.
+    "aot": [
+        f"jax[cuda13-local]{JAX}",
+        "nvidia-cuda-nvcc>=13,<14",
+        "triton>=3.9",
+        "jax-triton>=0.3.1",
+    ],
     "test": [
         "beartype>=0.20",
         "hypothesis>=6.100",
