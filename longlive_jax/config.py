@@ -210,6 +210,10 @@ class StreamConfig:
     time_scale: float = 1.0  # of temporal positions
     clean_recache: bool = False  # a cut's first clean pass sees the global sink and itself only
     recache: Recache = Recache()
+    # How keys and values are kept: in the model's type, or as bf16, int8, fp8 or nvfp4.
+    kv: str = "model"
+
+    KV = ("model", "bf16", "int8", "fp8", "nvfp4")
 
     def __post_init__(self):
         sinks = self.sink + self.shot_sink
@@ -220,6 +224,8 @@ class StreamConfig:
             )
         if self.rope not in ("absolute", "relative"):
             raise ValueError(f"rope {self.rope!r}: choose absolute or relative")
+        if self.kv not in self.KV:
+            raise ValueError(f"kv {self.kv!r}: choose {', '.join(self.KV)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +248,41 @@ class SamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Precision:
+    """In how many bits matrices of the transformer are kept, and multiplied.
+
+    layers: patterns of the paths of linear layers ("blocks.*", "blocks.ffn_in") with int8, fp8,
+    nvfp4 or bf16, which stays as it is; the first that fits decides. weights_only: what comes in is
+    multiplied as it is. tile: rows of an NVFP4 matrix that share a scale, 16 as in training or 1.
+    rule: of its scales (`longlive_kernels.nvfp4.RULES`).
+    """
+
+    layers: tuple[tuple[str, str], ...]
+    weights_only: bool = False
+    tile: int = 1
+    rule: str = "mse"
+
+    KINDS = ("bf16", "int8", "fp8", "nvfp4")
+    RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
+
+    def __post_init__(self):
+        for pattern, kind in self.layers:
+            if kind not in self.KINDS:
+                raise ValueError(f"{pattern} in {kind!r}: choose {', '.join(self.KINDS)}")
+        if self.tile not in (1, 16):
+            raise ValueError(f"tile {self.tile}: choose 1 or 16")
+        if self.rule not in self.RULES:
+            raise ValueError(f"rule {self.rule!r}: choose {', '.join(self.RULES)}")
+
+    @classmethod
+    def of(cls, kind: str, **choices) -> Precision:
+        """All linear layers of the blocks in one kind, as LongLive 2.0 has them; embeddings, time,
+        head and norms stay (`utils/quant.py:DEFAULT_GENERATOR_FILTERED_MODULES`).
+        """
+        return cls((("blocks.*", kind),), **choices)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One complete text-to-video system."""
 
@@ -258,6 +299,7 @@ class ModelConfig:
     decoders: tuple[tuple[str, VAEConfig | TAEConfig], ...] = ()
     # Parameters that the converted checkpoint lacked, by leave of `--allow-missing`; zeros.
     allowed_missing: tuple[str, ...] = ()
+    precision: Precision | None = None  # of matrices that are kept in fewer bits
 
     @property
     def latent_height(self) -> int:
@@ -305,6 +347,8 @@ def from_json(data: dict) -> ModelConfig:
         given["stream"]["recache"] = Recache(**given["stream"]["recache"])
     made = {name: kind(**given[name]) for name, kind in parts.items()}
     decoders = _tuples(data.get("decoders", {}))
+    if data.get("precision"):
+        made["precision"] = Precision(**_tuples(data["precision"]))
     made["decoders"] = tuple(
         (name, _DECODERS[part.pop("kind")](**part)) for name, part in decoders.items()
     )

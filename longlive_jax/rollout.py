@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from longlive_jax.vae.tae import TAE
 from longlive_jax.vae.vae import VAE, VAECarry, stream
 
 Latents = Float[Array, "b f h w c"]
-KV = tuple[Array, Array]
+KV = tuple[Any, Any]  # of all layers, kept in any way of `dit.storage`
 
 
 @jax.tree_util.register_dataclass
@@ -177,6 +178,7 @@ def _leave(
         cache = slots.keep(cache, _after_cut(cache, attn.slots, stream.sink))
         visible = jnp.repeat(cache.filled[:, None], frames, 1)
         attn = _attention(dit, rollout.held, cache, attn.slots, visible, stream)
+    attn = dataclasses.replace(attn, final=True)
     _, (k, v) = _forward(dit, latents, jnp.zeros(1), text, attn, (cache.k, cache.v))
     held = slots.choose(rollout.held, frames, stream.sink, stream.shot_sink)
     batch = jnp.arange(latents.shape[0])[:, None]
@@ -225,8 +227,9 @@ def _attention(
 
     position = cache.frame + stream.shot_offset * cache.shot
     position = slots.rank(cache) if stream.rope == "relative" else position
-    angles = at(jnp.take_along_axis(position, taken, 1))
-    return Cached(angles, taken, visible, at(position) if stream.rope == "relative" else None)
+    angles, chunk = at(jnp.take_along_axis(position, taken, 1)), cache.chunk
+    read = at(position) if stream.rope == "relative" else None
+    return Cached(angles, taken, jnp.take_along_axis(chunk, taken, 1), visible, read)
 
 
 def _tile(x: Array, rows: int) -> Array:
@@ -261,7 +264,7 @@ def recache(
     silent = ~which
     if how.sinks == "keep":
         silent |= slots.is_sink(cache, stream.sink, stream.shot_sink)
-    attn = dataclasses.replace(attn, slots=jnp.where(silent, count, places))
+    attn = dataclasses.replace(attn, slots=jnp.where(silent, count, places), final=True)
     latents = slots.latents_of(rollout.held, cache.frame[: rollout.frame.shape[0]])
     _, (k, v) = _forward(dit, latents, jnp.zeros(1), text, attn, (cache.k, cache.v))
     return dataclasses.replace(rollout, cache=dataclasses.replace(cache, k=k, v=v))

@@ -35,7 +35,7 @@ class Undo:
     labels: dict[str, dict[str, Anywhere]]
     taken: Int[Anywhere, "rows f"]
     held: Int[Anywhere, "b g"]
-    bulk: dict[str, Anywhere]
+    bulk: dict[str, Any]
     carry: Any = None
 
     @classmethod
@@ -120,20 +120,22 @@ def _copied(tree: Any) -> Any:
 
 
 @jax.jit
-def _gather(memory: Rollout, taken: Array, held: Array) -> dict[str, Array]:
+def _gather(memory: Rollout, taken: Array, held: Array) -> dict[str, Any]:
     rows, batch = (jnp.arange(x.shape[0])[:, None] for x in (taken, held))
-    pick = lambda x: x[:, rows, taken]  # noqa: E731  layers rows f …
-    latents = memory.held.latents[batch, held]
-    return dict(k=pick(memory.cache.k), v=pick(memory.cache.v), latents=latents)
+    kept = dict(k=memory.cache.k, v=memory.cache.v)
+    bulk = jax.tree.map(lambda x: x[:, rows, taken], kept)  # layers rows f …
+    return bulk | dict(latents=memory.held.latents[batch, held])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _scatter(
-    bulk: dict[str, Array], old: dict[str, Array], taken: Array, held: Array
-) -> dict[str, Array]:
+    bulk: dict[str, Any], old: dict[str, Any], taken: Array, held: Array
+) -> dict[str, Any]:
     rows, batch = (jnp.arange(x.shape[0])[:, None] for x in (taken, held))
-    back = {name: bulk[name].at[:, rows, taken].set(old[name]) for name in ("k", "v")}
-    return back | dict(latents=bulk["latents"].at[batch, held].set(old["latents"]))
+    latents, was = bulk.pop("latents"), old["latents"]
+    kept = {name: old[name] for name in bulk}
+    back = jax.tree.map(lambda x, y: x.at[:, rows, taken].set(y), bulk, kept)
+    return back | dict(latents=latents.at[batch, held].set(was))
 
 
 @dataclasses.dataclass(frozen=True)

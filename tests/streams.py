@@ -89,7 +89,9 @@ def call(dit, cache, taken, visible, position, x, t, text, read=None):
     read = None if read is None else phases(dit.cfg, read, rows, columns)
     visible = jnp.repeat(visible[:, None], x.shape[1], 1)
     state = LayerCache(cache.k, cache.v, jnp.zeros((), jnp.int32))
-    v, state = dit(x, t, text, Cached(angles, taken, visible, read), state)
+    chunk = jnp.take_along_axis(cache.chunk, taken, 1)
+    attn = Cached(angles, taken, chunk, visible, read)
+    v, state = dit(x, t, text, attn, state)
     return v, dataclasses.replace(cache, k=state.k, v=state.v)
 
 

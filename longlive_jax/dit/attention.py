@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from longlive_kernels.attention.chunk_table import chunk_table
 
+from longlive_jax.dit import storage
 from longlive_jax.dit.rope import rotate
 
 Heads = Float[Array, "b n a d"]
@@ -66,10 +68,12 @@ def masked(table: np.ndarray, angles: Float[Array, "b n p"]) -> Masked:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """The keys and values of all layers, and the layer whose turn it is."""
+    """The keys and values of all layers, kept in any way of `storage`, and the layer whose turn it
+    is.
+    """
 
-    k: Float[Array, "layers b slots s a d"]
-    v: Float[Array, "layers b slots s a d"]
+    k: Any  # layers b slots s a d
+    v: Any
     layer: Int[Array, ""]
 
 
@@ -80,31 +84,30 @@ class Cached:
     visible slots.
 
     slots: the slot of each of the call's frames; a frame that is to leave no trace names the one
-    past the last. visible: which slot each of these frames may attend. angles: phases of the
-    call's frames. read: phases of all slots, where positions are relative: keys are then stored as
-    they come, and rotated when they are read.
+    past the last. chunk: of each of them. visible: which slot each may attend. angles: phases of
+    the call's frames. read: phases of all slots, where positions are relative: keys are then stored
+    as they come, and rotated when they are read. final: this is the frames' clean pass.
     """
 
     angles: Float[Array, "b n p"]
     slots: Int[Array, "b f"]
+    chunk: Int[Array, "b f"]
     visible: Bool[Array, "b f slots"]
     read: Float[Array, "b m p"] | None = None
+    final: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
         q, k = rotate(q, self.angles), rotate(k, self.angles) if self.read is None else k
         frames, tokens = self.slots.shape[1], q.shape[1] // self.slots.shape[1]
-        batch = jnp.arange(q.shape[0])[:, None]
+        place = storage.Place(state.layer, self.slots, self.chunk, self.final)
 
-        def write(cache, new):  # the layer index broadcasts against the slots
-            new = new.reshape(new.shape[0], frames, tokens, *new.shape[2:]).astype(cache.dtype)
-            return cache.at[state.layer, batch, self.slots].set(new, mode="drop")
+        def enter(kept: Any, new: Heads) -> tuple[Any, Keys]:
+            new = new.reshape(new.shape[0], frames, tokens, *new.shape[2:])
+            kept, window = storage.enter(kept, new, place)
+            return kept, window.reshape(window.shape[0], -1, *window.shape[3:])
 
-        cache = LayerCache(write(state.k, k), write(state.v, v), state.layer + 1)
-        keys, values = (
-            x[state.layer].reshape(q.shape[0], -1, *q.shape[2:]).astype(q.dtype)
-            for x in (cache.k, cache.v)
-        )
+        (kept_k, keys), (kept_v, values) = enter(state.k, k), enter(state.v, v)
         if self.read is not None:
             keys = rotate(keys, self.read)
         mask = jnp.repeat(jnp.repeat(self.visible, tokens, 1), tokens, 2)
-        return attend(q, keys, values, mask), cache
+        return attend(q, keys, values, mask), LayerCache(kept_k, kept_v, state.layer + 1)

@@ -11,13 +11,14 @@ that are held are the first ones of the video, or the first ones since the table
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from longlive_jax.config import DiTConfig, StreamConfig
+from longlive_jax.dit import storage
 
 EMPTY = -1
 
@@ -42,8 +43,8 @@ class KVCache(Table):
     the projection where positions are relative.
     """
 
-    k: Float[Array, "layers b slots s a d"]
-    v: Float[Array, "layers b slots s a d"]
+    k: Any  # layers b slots s a d, kept in any way of `storage`
+    v: Any
 
 
 @jax.tree_util.register_dataclass
@@ -66,9 +67,12 @@ def _labels(batch: int, slots: int) -> dict[str, Array]:
 def empty(
     cfg: DiTConfig, stream: StreamConfig, batch: int, tokens: int, dtype=jnp.float32
 ) -> KVCache:
-    """A cache of `stream.window` slots of `tokens` tokens."""
+    """A cache of `stream.window` slots of `tokens` tokens, kept as `stream.kv` says.
+
+    Raises ValueError for heads that cannot be kept so.
+    """
     shape = (cfg.layers, batch, stream.window, tokens, cfg.heads, cfg.head_dim)
-    k, v = (jnp.zeros(shape, dtype) for _ in range(2))
+    k, v = (storage.empty(stream.kv, shape, dtype) for _ in range(2))
     return KVCache(k=k, v=v, **_labels(batch, stream.window))
 
 
