@@ -15,6 +15,7 @@ import sys
 
 import jax
 from absl import app, flags, logging
+from longlive_kernels.nvfp4.linear import Recipe
 from ml_collections import ConfigDict, config_flags
 
 import longlive_jax
@@ -38,7 +39,7 @@ _CLUSTER = flags.DEFINE_bool("cluster", False, "Take these from Slurm, Open MPI 
 def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConfig:
     """The run that a config file and its overrides describe."""
     fields = given.to_dict()
-    recycling = fields.pop("recycling", None)
+    recycling, nvfp4 = fields.pop("recycling", None), fields.pop("nvfp4", None)
     try:
         stream = dataclasses.replace(model.config.stream, **fields["ar"].pop("stream", {}))
         return trainer.TrainConfig(
@@ -46,6 +47,7 @@ def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConf
             ar=ARConfig(stream, **fields.pop("ar")),
             optimizer=OptimizerConfig(**fields.pop("optimizer")),
             recycling=None if recycling is None else RecyclingConfig(**recycling),
+            nvfp4=None if nvfp4 is None else Recipe(**nvfp4),
             sample_prompts=tuple(fields.pop("sample_prompts", ())),
             **fields,
         )

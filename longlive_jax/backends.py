@@ -38,16 +38,24 @@ BACKENDS = (
     Backend("attention", "cudnn", ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103"), built=False),
     Backend("attention", "mosaic_gpu", ("sm_90", "sm_100"), built=False),
     Backend("attention", "xla"),
-    Backend("matrix products", "nvfp4", ("sm_100", "sm_103", "sm_120"), built=False),
     Backend("matrix products", "xla"),
-    Backend("KV cache", "int8, fp8, nvfp4", built=False),
-    Backend("KV cache", "bf16, float32"),
+    Backend("nvfp4 products", "cudnn", ("sm_100", "sm_103"), trusted=False),
+    Backend("nvfp4 products", "reference"),
+    Backend("KV cache", "xla"),
     Backend("VAE decode", "xla"),
     Backend("text encoder", "xla"),
 )
 
-# Number types, and whether models run in them today.
-TYPES = {"float32": True, "bf16": True, "int8": False, "fp8": False, "nvfp4": False}
+# Number types, and what asks for them.
+TYPES = {
+    "float32": "the default on CPUs",
+    "bf16": "the default on accelerators",
+    "int8": "--precision int8, --kv int8",
+    "fp8": "--precision fp8, --kv fp8",
+    "nvfp4": "--precision nvfp4, --kv nvfp4",
+}
+
+EMULATED = "not in its tensor cores: products are emulated, memory is saved all the same"
 
 # What the tests have done for each architecture. Nothing has been run on a device so far.
 CHECKED = dict.fromkeys(ARCHITECTURES, "a matrix product compiled, not run") | dict.fromkeys(
@@ -68,13 +76,12 @@ def table(platform: str | None, architecture: str | None) -> list[dict[str, str]
 
 
 def precisions(platform: str | None, architecture: str | None) -> list[dict[str, str]]:
-    """One row per number type: whether models run in it here, and what the hardware could do."""
+    """One row per number type: how models run in it here, and what the hardware could do."""
     known = ARCHITECTURES.get(architecture or "")
     rows = []
-    for name, runs in TYPES.items():
-        state = "runs" if runs and platform else "JAX does not start"
-        state = state if runs else "planned storage; not runnable yet"
-        cores = "no tensor cores known" if known is None else "not in its tensor cores"
+    for name, asked in TYPES.items():
+        state = f"runs: {asked}" if platform else "JAX does not start"
+        cores = "no tensor cores known" if known is None else EMULATED
         if known is not None and name in known.types:
             cores = "in its tensor cores"
         rows.append({"precision": name, "models": state, "hardware": cores})

@@ -25,6 +25,7 @@ from longlive_jax.commands import (
     generate,
     merge_lora,
     plan,
+    quantize,
 )
 from longlive_jax.commands.shared import Load
 from longlive_jax.errors import InputError
@@ -64,6 +65,7 @@ COMMANDS = {
     "eval": _command("measure how well videos follow their prompts", evaluate),
     "convert": _command("read published weights, or write them out again", convert),
     "merge-lora": _command("add a LoRA into a model's weights", merge_lora),
+    "quantize": _command("keep a model's matrices in fewer bits", quantize),
     "plan": _command("say whether a video fits in a GPU's memory", plan),
     "data": _command(
         "say what is wrong in a folder of training videos", data, words=("task", "dir")

@@ -21,11 +21,12 @@ from jax.experimental import topologies
 from jax.extend.core import Var
 from jax.sharding import SingleDeviceSharding
 
-from longlive_jax import rollout, sampler, weights
+from longlive_jax import rollout, sampler
 from longlive_jax.config import ModelConfig
 from longlive_jax.dit import cache as slots
 from longlive_jax.dit.model import DiT
 from longlive_jax.gpus import GPU
+from longlive_jax.quant import transformer
 from longlive_jax.text.umt5 import UMT5, encode
 from longlive_jax.vae.build import build
 from longlive_jax.vae.vae import VAECarry, init_carry
@@ -33,22 +34,32 @@ from longlive_jax.vae.vae import VAECarry, init_carry
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 PROGRAMS = ("text", "denoise", "decode", "switch")
 PLUGIN = "jax_plugins.xla_cuda13"
+SCALES = ("scales", "amax")  # of what is kept in fewer bits: float32
 
 
-def described(tree: Any, sharding: Any = None) -> Any:
-    """The arrays of `tree` by shape and type, in bfloat16 where they are real."""
+def described(tree: Any) -> Any:
+    """The arrays of `tree` by shape and type, in bfloat16 where they are real; scales stay."""
 
-    def leaf(x):
-        dtype = jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+    def leaf(path, x):
+        scale = jax.tree_util.keystr(path[-1:], simple=True) in SCALES
+        real = x.dtype == jnp.float32 and not scale
+        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if real else x.dtype)
 
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map_with_path(leaf, tree)
+
+
+def placed(tree: Any, sharding: Any) -> Any:
+    """The same shapes and types, with a place."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 @functools.cache
 def dit(cfg: ModelConfig) -> DiT:
-    """The transformer, by shape."""
-    return described(nnx.eval_shape(lambda: DiT(cfg.dit, rngs=nnx.Rngs(0))))
+    """The transformer, by shape, its matrices in as many bits as the config says."""
+    plain = described(nnx.eval_shape(lambda: DiT(cfg.dit, rngs=nnx.Rngs(0))))
+    if cfg.precision is None:
+        return plain
+    return jax.eval_shape(functools.partial(transformer.quantize, how=cfg.precision), plain)
 
 
 @functools.cache
@@ -64,7 +75,7 @@ def vae(cfg: ModelConfig) -> Any:
 
 
 @functools.cache
-def kv_cache(cfg: ModelConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def kv_cache(cfg: ModelConfig) -> tuple[Any, Any]:
     """Keys and values of one video; their unconditional rows are there only under guidance."""
 
     def pair():
@@ -82,11 +93,14 @@ def flat(make: Callable[..., Any], *arguments: Any) -> tuple[list, Any]:
     kept = []
 
     def leaves(*arguments):
-        found, structure = jax.tree.flatten(make(*arguments))
-        kept.append(structure)
-        return found
+        paths, structure = jax.tree.flatten_with_path(make(*arguments))
+        kept.append((structure, [path for path, _ in paths]))
+        return [x for _, x in paths]
 
-    return described(jax.eval_shape(leaves, *arguments)), kept[-1]
+    found = jax.eval_shape(leaves, *arguments)
+    structure, paths = kept[-1]
+    names = [jax.tree_util.keystr(path[-1:], simple=True) for path in paths]
+    return [described({name: x})[name] for name, x in zip(names, found, strict=True)], structure
 
 
 @functools.cache
@@ -122,17 +136,6 @@ def nbytes(tree: Any) -> int:
     """Bytes of the arrays of `tree`, keys of random numbers left out."""
     numbers = (x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.extended))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in numbers)
-
-
-def kernels(model: DiT) -> dict[str, tuple[int, ...]]:
-    """Shapes of the matrices that low-bit storage would hold: products inside the blocks.
-
-    Embeddings, head, norms and modulation stay as they are (LongLive 2.0
-    `utils/quant.py:DEFAULT_GENERATOR_FILTERED_MODULES`).
-    """
-    flat = weights.flatten(model)
-    chosen = (name for name in flat if name.startswith("blocks.") and name.endswith(".kernel"))
-    return {name: tuple(flat[name].shape) for name in chosen}
 
 
 def programs(cfg: ModelConfig, sharding: Any = None) -> dict[str, tuple[Any, tuple]]:
@@ -172,7 +175,7 @@ def programs(cfg: ModelConfig, sharding: Any = None) -> dict[str, tuple[Any, tup
         "decode": (jax.jit(decode, donate_argnums=0), (state, vae(cfg), noise)),
         "switch": (jax.jit(switch, donate_argnums=0), (state, dit(cfg), text, which)),
     }
-    return {name: (run, described(given, sharding)) for name, (run, given) in found.items()}
+    return {name: (run, placed(given, sharding)) for name, (run, given) in found.items()}
 
 
 def by_formula(cfg: ModelConfig, names: tuple[str, ...] = PROGRAMS) -> dict[str, int]:

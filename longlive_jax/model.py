@@ -17,7 +17,7 @@ from flax import nnx
 
 from longlive_jax import config, opening, sampler, weights
 from longlive_jax import lora as loras
-from longlive_jax.config import ModelConfig, TAEConfig, VAEConfig
+from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig
 from longlive_jax.convert.table import NameMismatch
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.errors import InputError
@@ -42,11 +42,12 @@ _WORDS |= {"vae_light": "light VAE", "vae_tae": "TAEHV decoder"}
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What `load` was asked for."""
+    """What `load` was asked for. precision: what `Model.quantized` made of it."""
 
     name: str
     vae: str = "full"
     lora: str | None = None
+    precision: Precision | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,26 @@ class Model:
             raise InputError(str(error)) from error
         return dataclasses.replace(self, config=dataclasses.replace(self.config, stream=stream))
 
+    def quantized(self, precision: str | Precision, **choices: Any) -> Model:
+        """The transformer's matrices in fewer bits: "int8", "fp8" or "nvfp4" for all of its blocks,
+        with the other fields of `Precision`; or a `Precision` of layer by layer.
+
+        Raises:
+          InputError: there is no such value, it does not fit the matrices, or they are so already.
+        """
+        from longlive_jax.quant import transformer
+
+        try:
+            if isinstance(precision, str):
+                precision = Precision.of(precision, **choices)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+        made = functools.partial(transformer.quantize, how=precision)
+        dit = jax.jit(made)(self.dit)
+        cfg = dataclasses.replace(self.config, precision=precision)
+        made_by = dataclasses.replace(self.origin, precision=precision)
+        return dataclasses.replace(self, config=cfg, dit=dit, origin=made_by)
+
     def prompt_kv(self, prompts: Sequence[str]) -> TextKV:
         """Cross-attention keys and values of one prompt per video, the unconditional rows after
         them under guidance.
@@ -136,7 +157,8 @@ def _digest(facts: dict, parts: Any) -> str:
 @jax.jit
 def _excerpts(weights: Any) -> list[jax.Array]:
     """A row from the middle of every parameter: training and merging change all of them."""
-    return [x[tuple(n // 2 for n in x.shape[:-1])] for x in jax.tree.leaves(weights)]
+    rows = (x[tuple(n // 2 for n in x.shape[:-1])] for x in jax.tree.leaves(weights))
+    return [x.astype(jnp.float32) if x.dtype.itemsize == 1 else x for x in rows]
 
 
 @jax.jit
@@ -167,7 +189,7 @@ def load(
     cfg = read_config(folder)
     decoder = _decoder(folder, cfg, vae)
     build = {
-        "dit": lambda: DiT(cfg.dit, rngs=nnx.Rngs(0)),
+        "dit": lambda: _transformer(cfg),
         "text": lambda: UMT5(cfg.text, rngs=nnx.Rngs(0)),
         "vae": lambda: vaes.build(decoder, rngs=nnx.Rngs(0)),
     }
@@ -197,6 +219,15 @@ def load(
     text = TextEncoder(parts["text"], words, cfg.dit.text_len)
     origin = Origin(str(name), vae, None if lora is None else str(lora))
     return Model(cfg, parts["dit"], parts["vae"], text, origin)
+
+
+def _transformer(cfg: ModelConfig) -> DiT:
+    dit = DiT(cfg.dit, rngs=nnx.Rngs(0))
+    if cfg.precision is None:
+        return dit
+    from longlive_jax.quant import transformer
+
+    return transformer.quantize(dit, cfg.precision)
 
 
 def folder_of(name: str | os.PathLike) -> pathlib.Path:

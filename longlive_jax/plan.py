@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from longlive_jax import config, gpus, timeline
-from longlive_jax.config import ModelConfig
+from longlive_jax.config import ModelConfig, Precision
 from longlive_jax.errors import InputError
 from longlive_jax.version import __version__
 
@@ -27,36 +27,7 @@ PRESETS = {
 SHARE = 0.75  # of a GPU's memory that JAX takes at its start unless told otherwise
 RESERVED = 3 << 29  # bytes that driver, CUDA libraries and kernels keep for themselves
 NEEDS_SWITCH = ("switch",)  # programs that run only where a prompt changes inside a shot
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """How numbers are kept: bits of each, and a scale for every `group` of them along the axis
-    that a product sums over (None: one for the whole axis).
-    """
-
-    name: str
-    bits: int
-    scale_bytes: int = 0
-    group: int | None = None
-    runs: bool = False
-
-    def nbytes(self, shape: tuple[int, ...], axis: int) -> int:
-        """Bytes of an array, its scales included, with the scales lying along `axis`."""
-        count, length = math.prod(shape), shape[axis]
-        scales = count // length * math.ceil(length / (self.group or length))
-        return count * self.bits // 8 + scales * self.scale_bytes
-
-
-STORAGES = {
-    storage.name: storage
-    for storage in (
-        Storage("bf16", 16, runs=True),
-        Storage("int8", 8, scale_bytes=4),
-        Storage("fp8", 8, scale_bytes=4),
-        Storage("nvfp4", 4, scale_bytes=1, group=16),
-    )
-}
+STORAGES = Precision.KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +70,12 @@ class Ask:
     def config(self) -> ModelConfig:
         cfg = PRESETS[self.preset]
         guidance = cfg.sampler.guidance if self.guidance is None else float(self.guidance)
-        return dataclasses.replace(cfg, sampler=dataclasses.replace(cfg.sampler, guidance=guidance))
+        return dataclasses.replace(
+            cfg,
+            sampler=dataclasses.replace(cfg.sampler, guidance=guidance),
+            stream=dataclasses.replace(cfg.stream, kv=self.kv),
+            precision=None if self.precision == "bf16" else Precision.of(self.precision),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,14 +127,13 @@ class Memory:
     held_latents: int
     text_kv: int
     vae_carry: int
-    dequantised: int  # one block's matrices and window, where storage is not bf16
     activations: dict[str, int]  # of each program; they run one after the other
 
     @property
     def resident(self) -> int:
         """What is there all the time."""
         state = self.kv_cache + self.held_latents + self.text_kv + self.vae_carry
-        return self.weights.total + state + self.dequantised
+        return self.weights.total + state
 
     def peak(self, switch: bool) -> int:
         """The most at any time, in a video with or without a change of prompt inside a shot."""
@@ -178,7 +153,7 @@ class Plan:
     fits: bool
     fits_switch: bool
     how: str  # one sentence: what to do
-    not_yet: tuple[str, ...]  # what of the ask is planned storage or layout; not runnable yet
+    not_yet: tuple[str, ...]  # what of the ask is planned layout; not runnable yet
 
     def to_json(self) -> str:
         """One object: the ask, bytes per device, and the verdict."""
@@ -244,19 +219,12 @@ def resident(ask: Ask, activations: dict[str, int]) -> Memory:
     """
     from longlive_jax import footprint  # imports JAX
 
-    cfg, storage, kv = ask.config, STORAGES[ask.precision], STORAGES[ask.kv]
-    devices = ask.shape[1]
-    model, kept = footprint.dit(cfg), footprint.kept(cfg)
-    blocks = footprint.kernels(model)
-    plain = sum(STORAGES["bf16"].nbytes(shape, -2) for shape in blocks.values())
-    stored = sum(storage.nbytes(shape, -2) for shape in blocks.values())
-    opened = (0 if storage.runs else plain) + (
-        0 if kv.runs else footprint.nbytes(footprint.kv_cache(cfg)) // devices
-    )
+    cfg, devices = ask.config, ask.shape[1]
+    kept = footprint.kept(cfg)
     divided = ("denoise", "switch")
     return Memory(
         weights=Weights(
-            dit=footprint.nbytes(model) - plain + stored,
+            dit=footprint.nbytes(footprint.dit(cfg)),
             text=footprint.nbytes(footprint.text_encoder(cfg)),
             vae=footprint.nbytes(footprint.vae(cfg)),
         ),
@@ -264,7 +232,6 @@ def resident(ask: Ask, activations: dict[str, int]) -> Memory:
         held_latents=kept["held"],
         text_kv=footprint.nbytes(footprint.text_kv(cfg)[0]),
         vae_carry=kept["carry"],
-        dequantised=opened // cfg.dit.layers,
         activations={
             name: size // (devices if name in divided else 1) for name, size in activations.items()
         },
@@ -275,8 +242,7 @@ def kv_bytes(ask: Ask) -> int:
     """Bytes of a whole cache: the window's keys and values of every layer."""
     from longlive_jax import footprint  # imports JAX
 
-    pair = footprint.kv_cache(ask.config)
-    return sum(STORAGES[ask.kv].nbytes(x.shape, -1) for x in pair)
+    return footprint.nbytes(footprint.kv_cache(ask.config))
 
 
 def _slots(cfg: ModelConfig) -> int:
@@ -287,9 +253,6 @@ def _slots(cfg: ModelConfig) -> int:
 def not_yet(ask: Ask) -> tuple[str, ...]:
     """What of the ask cannot run yet; its bytes are given all the same."""
     found = []
-    for flag, storage in (("--precision", ask.precision), ("--kv", ask.kv)):
-        if not STORAGES[storage].runs:
-            found.append(f"{flag} {storage}: planned storage; not runnable yet")
     videos, devices = ask.shape
     if devices > 1:
         divided = split(ask.config, devices)
@@ -335,7 +298,7 @@ def _instead(ask: Ask, memory: Memory, activations: dict[str, int]) -> str:
     for change in _changes(ask):
         if room(gpus.find(ask.gpu), resident(change, activations).peak(switch=False)) is not None:
             flags = f"--precision {change.precision} --kv {change.kv} --mesh {change.mesh}"
-            words.append(f"here with {flags} once that runs")
+            words.append(f"here with {flags}" + (" once that runs" if not_yet(change) else ""))
             break
     return (" or ".join(words) or "nothing in the tables is large enough") + "."
 
@@ -395,8 +358,6 @@ def rows(plan: Plan) -> list[tuple[str, int, str]]:
         ("text K/V", memory.text_kv, f"{cfg.dit.text_len} tokens in every layer"),
         ("VAE carry", memory.vae_carry, "what the decoder remembers"),
     ]
-    if memory.dequantised:
-        table.append(("dequantised", memory.dequantised, "one block at a time"))
     what = {
         "text": "a prompt is encoded",
         "denoise": "a chunk is denoised",

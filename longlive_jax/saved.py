@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from longlive_jax import rollout, sampler, weights
-from longlive_jax.config import Recache
+from longlive_jax.config import Precision, Recache
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.model import Model, Origin, load
 from longlive_jax.session import Chunk, Made, Position, Receipt, Session, State
@@ -110,12 +110,21 @@ def origin(folder: str | os.PathLike) -> Origin:
     """
     folder = pathlib.Path(os.path.abspath(folder))
     with _understood(folder):
-        return Origin(**_facts(folder)["model"])
+        facts = dict(_facts(folder)["model"])
+        if facts["precision"]:
+            layers = tuple((pattern, kind) for pattern, kind in facts["precision"].pop("layers"))
+            facts["precision"] = Precision(layers, **facts["precision"])
+        return Origin(**facts)
 
 
 def choices(made_by: Origin) -> dict[str, Any]:
     """The keywords of `load`."""
     return {"vae": made_by.vae, "lora": made_by.lora}
+
+
+def _loaded(load: Callable[..., Model], made_by: Origin, dtype: Any) -> Model:
+    model = load(made_by.name, dtype=dtype, **choices(made_by))
+    return model if made_by.precision is None else model.quantized(made_by.precision)
 
 
 def _facts(folder: pathlib.Path) -> dict[str, Any]:
@@ -171,7 +180,7 @@ def restore(
         dtype, stream = jnp.dtype(facts["dtype"]), dict(facts["stream"])
         stream["recache"] = Recache(**stream["recache"])
     made_by = origin(folder)
-    model = model or load(made_by.name, dtype=dtype, **choices(made_by)).streaming(**stream)
+    model = model or _loaded(load, made_by, dtype).streaming(**stream)
     if model.fingerprint != fingerprint:
         raise SessionError(
             f'the session in {folder} belongs to another model: it was made with "{made_by.name}"'

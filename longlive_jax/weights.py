@@ -50,6 +50,15 @@ def unflatten(model: M, weights: Mapping[str, Any]) -> M:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def arrays(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of flat weights by name: a kernel that is several is "path.field" for each."""
+    found = {}
+    for path, leaf in flat.items():
+        for keys, x in jax.tree.flatten_with_path(leaf)[0]:
+            found[path + jax.tree_util.keystr(keys)] = x
+    return found
+
+
 def save(path: str | os.PathLike, weights: Weights, dtype=None) -> None:
     """Writes one safetensors file, whole or not at all; `dtype` casts on the way."""
     path = pathlib.Path(path)
@@ -125,18 +134,30 @@ def place(abstract: M, tensors: Tensors, *, dtype, sharding: Sharding | None = N
     """A module like `abstract` that holds `tensors`, each put from its file on its devices, one
     after the other.
 
-    dtype: of all parameters. sharding: of each; None is the default device.
+    dtype: of all parameters, except what a kernel in fewer bits is made of. sharding: of each; None
+    is the default device.
 
     Raises:
       NameMismatch: the tensors are not the module's parameters.
     """
-    paths = flatten(abstract)
-    table.plan(abstract, [Row(path, path) for path in paths], tensors)
+    flat = flatten(abstract)
+    shapes = arrays(flat)
+    table.plan(shapes, [Row(path, path) for path in shapes], tensors)
     put = {
-        path: _to_device(tensors[path], dtype, sharding and sharding(path, leaf.shape))
-        for path, leaf in paths.items()
+        path: _to_device(
+            tensors[path],
+            dtype if path in flat else leaf.dtype,
+            sharding and sharding(path, leaf.shape),
+        )
+        for path, leaf in shapes.items()
     }
-    return unflatten(abstract, put)
+    held = {path: _filled(leaf, path, put) for path, leaf in flat.items()}
+    return unflatten(abstract, held)
+
+
+def _filled(leaf: Any, path: str, put: Mapping[str, jax.Array]) -> Any:
+    """`leaf` with its arrays."""
+    return jax.tree.map_with_path(lambda keys, _: put[path + jax.tree_util.keystr(keys)], leaf)
 
 
 def _to_device(x: np.ndarray, dtype, sharding: jax.sharding.Sharding | None = None) -> jax.Array:

@@ -242,7 +242,8 @@ def test_this_machine_can_generate(capsys):
     assert {row["operation"]: row["chosen"] for row in data["implementations"]} == {
         "attention": "xla",
         "matrix products": "xla",
-        "KV cache": "bf16, float32",
+        "nvfp4 products": "reference",
+        "KV cache": "xla",
         "VAE decode": "xla",
         "text encoder": "xla",
     }
@@ -325,13 +326,14 @@ def test_a_kernel_is_chosen_only_where_it_can_be_trusted(monkeypatch):
 
 def test_precisions_tell_models_from_hardware():
     here = {row["precision"]: row for row in backends.precisions("gpu", "sm_90")}
-    assert here["bf16"]["models"] == "runs"
+    assert here["bf16"]["models"] == "runs: the default on accelerators"
     assert here["fp8"] == {
         "precision": "fp8",
-        "models": "planned storage; not runnable yet",
+        "models": "runs: --precision fp8, --kv fp8",
         "hardware": "in its tensor cores",
     }
-    assert here["nvfp4"]["hardware"] == "not in its tensor cores"
+    assert here["nvfp4"]["hardware"] == backends.EMULATED
+    assert {row["models"] for row in backends.precisions(None, None)} == {"JAX does not start"}
 
 
 def test_the_doctor_comes_without_jax():

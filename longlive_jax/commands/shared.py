@@ -40,6 +40,28 @@ def define_model(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("json", None, "where to write the report; - is stdout", flag_values=values)
+    define_precision(values)
+
+
+def define_precision(values: flags.FlagValues) -> None:
+    """Flags of what is kept in fewer bits."""
+    flags.DEFINE_enum(
+        "precision",
+        None,
+        ["int8", "fp8", "nvfp4"],
+        "quantise the matrices of the transformer's blocks, and what they are multiplied with",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "weights_only", False, "with --precision: the matrices alone", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "kv",
+        None,
+        ["bf16", "int8", "fp8", "nvfp4"],
+        "how keys and values in memory are kept; by default in the model's type",
+        flag_values=values,
+    )
 
 
 def choosing(load: Load, values: flags.FlagValues) -> Load:
@@ -47,7 +69,20 @@ def choosing(load: Load, values: flags.FlagValues) -> Load:
     if values.lora is not None:
         check_file("--lora", values.lora)
         load = functools.partial(load, lora=pathlib.Path(values.lora))
-    return load if values.vae == "full" else functools.partial(load, vae=values.vae)
+    if values.vae != "full":
+        load = functools.partial(load, vae=values.vae)
+    if values.weights_only and not values.precision:
+        raise InputError("--weights_only says how --precision is meant: name that too")
+    return (
+        functools.partial(_in_fewer_bits, load, values) if values.precision or values.kv else load
+    )
+
+
+def _in_fewer_bits(load: Load, values: flags.FlagValues, *arguments: Any, **keywords: Any) -> Any:
+    model = load(*arguments, **keywords)
+    if values.precision:
+        model = model.quantized(values.precision, weights_only=values.weights_only)
+    return model.streaming(kv=values.kv) if values.kv else model
 
 
 def check_file(flag: str, path: str | None) -> None:

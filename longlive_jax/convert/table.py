@@ -122,7 +122,9 @@ def _pending(tensors: Mapping[str, Any], name: str) -> Pending:
     return Pending(spec.shape, np.dtype(spec.dtype), lambda: iter([np.asarray(tensors[name])]))
 
 
-def _leaves(model: nnx.Module) -> dict[str, Any]:
+def _leaves(model: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(model, Mapping):
+        return model
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
@@ -135,7 +137,7 @@ def _once(rows: Sequence[Row]) -> None:
 
 
 def plan(
-    model: nnx.Module,
+    model: nnx.Module | Mapping[str, Any],
     rows: Sequence[Row],
     tensors: Mapping[str, Any],
     *,
@@ -143,8 +145,8 @@ def plan(
 ) -> dict[str, Pending]:
     """Parameter path → how to make it of `tensors`. Names and shapes are checked, nothing is read.
 
-    model: abstract or concrete. allow_missing: names or patterns (`*`) of source tensors that may
-    be absent; what they would hold is zero.
+    model: abstract or concrete, or its leaves by path. allow_missing: names or patterns (`*`) of
+    source tensors that may be absent; what they would hold is zero.
 
     Raises:
       NameMismatch: a tensor is missing, is not used, or has another shape.

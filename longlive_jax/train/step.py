@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+from longlive_kernels.nvfp4.linear import Recipe
 
 from longlive_jax import sharding, weights
 from longlive_jax.dit.model import DiT
 from longlive_jax.flow import Flow
+from longlive_jax.quant import learned
 from longlive_jax.train import ar
 from longlive_jax.train import state as train_state
 from longlive_jax.train.ar import ARConfig, Videos
@@ -41,7 +43,9 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a step is compiled for. dtype: of the arithmetic; weights are kept in float32."""
+    """What a step is compiled for. dtype: of the arithmetic; weights are kept in float32. recipe:
+    of NVFP4 products in the blocks, None for none.
+    """
 
     abstract: DiT
     cfg: ARConfig
@@ -49,6 +53,7 @@ class Program:
     mesh: Mesh
     dtype: Any = jnp.float32
     recycles: bool = False
+    recipe: Recipe | None = None
 
     def compile(self) -> Callable[..., tuple[TrainState, Outcome]]:
         """(state, videos, key, recycled) -> state, outcome; the state is updated in place. `videos`
@@ -126,8 +131,11 @@ def _loss(
     counts: Float[Array, ""],
 ) -> tuple[Float[Array, ""], tuple]:
     cfg, mesh = program.cfg, program.mesh
-    flat = {name: x.astype(program.dtype) for name, x in flat.items()}
-    dit = weights.unflatten(program.abstract, flat)
+    given = {name: x.astype(program.dtype) for name, x in flat.items()}
+    if program.recipe is not None:
+        order = cfg.order(mesh.shape[sharding.SEQ])
+        given |= learned.learn(flat, program.recipe, keys, order)
+    dit = weights.unflatten(program.abstract, given)
     draws = ar.draw(keys, videos.latents.shape, cfg, mesh)
     if recycled is not None:
         errors = {f.name: getattr(recycled, f.name) for f in dataclasses.fields(recycled)}

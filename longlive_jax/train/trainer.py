@@ -21,6 +21,7 @@ from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from longlive_kernels.nvfp4.linear import Recipe
 
 from longlive_jax import gpus, output, sharding, weights
 from longlive_jax.config import ModelConfig
@@ -56,6 +57,7 @@ class TrainConfig:
     seq: int = 1
     fresh: bool = False
     dtype: str = "float32"
+    nvfp4: Recipe | None = None  # of products in the blocks
     recycling: RecyclingConfig | None = None
     seed: int = 0
     log_every: int = 10
@@ -93,7 +95,8 @@ class Run:
         self.videos = Source(model, cfg.source, mesh)
         recycles = cfg.recycling is not None
         dtype = DTYPES[cfg.dtype]
-        self.program = Program(model.dit, cfg.ar, cfg.optimizer, mesh, dtype, recycles)
+        parts = model.dit, cfg.ar, cfg.optimizer, mesh
+        self.program = Program(*parts, dtype, recycles, cfg.nvfp4)
         self.recycler = _recycler(cfg, model.config) if recycles else None
         with output.writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Matrices of the transformer in fewer bits."""
