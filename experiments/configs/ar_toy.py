@@ -3,7 +3,7 @@
 
 tune (also without a name): the model that ships goes on, on long multi-shot videos;
     --config.source.folder=runs/toy, of make_toy_folder.py --samples 400 --chunks 16.
-recycled: the same with error recycling.
+recycled, nvfp4: the same with error recycling; with NVFP4 products.
 clip: a new model of short clips, all of whose frames see each other; no stream can be made of it.
     --config.source.folder=runs/clips, of make_toy_folder.py --samples 3000 --chunks 4 --cuts 0.
 direct: that model, exported to runs/clip_model, becomes one of long videos. With
@@ -34,6 +34,7 @@ def _run(source: dict | None = None, ar: dict | None = None, **changes) -> dict:
         ar=task | (ar or {}),
         optimizer=dict(learning_rate=1e-4, steps=200, warmup=10, decay=0.5, ema=0.99),
         recycling=ml_collections.config_dict.placeholder(dict),
+        nvfp4=ml_collections.config_dict.placeholder(dict),
         dtype="float32",
         log_every=10,
         save_every=50,
@@ -48,6 +49,7 @@ MUON = dict(kind="muon", learning_rate=0.01, warmup=20, decay=0.6, ema=0.99)
 
 CHANGES = {
     "tune": {},
+    "nvfp4": dict(nvfp4={}),  # the recipe of LongLive 2.0
     "recycled": dict(recycling=dict(buckets=10, size=100, positions=16)),
     "clip": dict(
         fresh=True,

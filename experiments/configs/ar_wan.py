@@ -3,9 +3,10 @@
 python experiments/train_ar.py --config=experiments/configs/ar_wan.py:5b-64 --workdir=runs/ar_5b
     --config.model=wan22-5b --config.source.folder=videos --cluster
 
-5b or 1.3b, and the seconds of a sequence: 16, 32 or 64. The paper trains the 5B on 32 GB200,
-sequences spread over 4, weights over all, 600 steps of 16 videos. On a cluster every process runs
-this command (`srun`, `mpirun`, or a pod of a Kubernetes job).
+5b or 1.3b, and the seconds of a sequence: 16, 32 or 64; -nvfp4 after them (5b-64-nvfp4) has NVFP4
+products. The paper trains the 5B on 32 GB200, sequences spread over 4, weights over all, 600 steps
+of 16 videos. On a cluster every process runs this command (`srun`, `mpirun`, or a pod of a
+Kubernetes job).
 """
 
 import ml_collections
@@ -22,7 +23,7 @@ MESH = {
 
 
 def get_config(which: str = "5b-16") -> ml_collections.ConfigDict:
-    size, seconds = which.split("-")
+    size, seconds, *products = which.split("-")
     chunks, mesh = CHUNKS[size][seconds], MESH[size]
     batch = mesh["data"] * mesh["fsdp"]
     source = dict(folder="videos", chunks=chunks, batch=batch, parts=16 // batch, shot=4, workers=4)
@@ -37,6 +38,7 @@ def get_config(which: str = "5b-16") -> ml_collections.ConfigDict:
             ar=dict(shift=5.0, remat="nothing"),
             optimizer=optimizer,
             recycling=dict(),  # the paper's values
+            nvfp4={} if products == ["nvfp4"] else ml_collections.config_dict.placeholder(dict),
             dtype="bfloat16",
             log_every=1,
             save_every=50,
