@@ -61,7 +61,9 @@ def test_files_and_functions_fit(path):
     for function in functions(path):
         assert function.end_lineno - function.lineno + 1 < limit, function.name
         arguments = function.args
-        count = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
+        every = arguments.posonlyargs + arguments.args + arguments.kwonlyargs
+        # What a Triton kernel is compiled for is not what it is called with.
+        count = sum(ast.unparse(a.annotation or a) != "tl.constexpr" for a in every)
         count -= bool(arguments.args) and arguments.args[0].arg in ("self", "cls")
         assert count <= MAX_ARGUMENTS, function.name
 

@@ -39,8 +39,8 @@ def _layers(name: str, tokens: int, dim: int, ffn: int) -> dict[str, Shape]:
 
 
 TINY = _layers("tiny", tokens=48, dim=256, ffn=768)
-WAN_1_3B = _layers("1.3b", tokens=4680, dim=1536, ffn=8960)
-WAN_5B = _layers("5b", tokens=7040, dim=3072, ffn=14336)
+WAN_1_3B = _layers("1.3b", tokens=3 * 30 * 52, dim=1536, ffn=8960)
+WAN_5B = _layers("5b", tokens=8 * 22 * 40, dim=3072, ffn=14336)
 
 AWKWARD = {
     "one_row": Shape(1, 16, 16),
