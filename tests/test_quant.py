@@ -1,6 +1,7 @@
 """Matrices in fewer bits: products, which layers, files, sessions, the command."""
 
 import dataclasses
+import functools
 import json
 
 import fake
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import streams
 import training
+from longlive_kernels.nvfp4.format import swizzle
 
 import longlive_jax
 from longlive_jax import cli, layers, lora, weights
@@ -23,6 +26,10 @@ ERRORS = {"int8": 0.02, "fp8": 0.05, "nvfp4": 0.16}
 BLOCKS = [path for path in LINEARS if path.startswith("blocks.")]
 
 
+make = functools.partial(streams.jit, static_argnames=("kind", "how"))(kernels.make)
+product = streams.jit(layers.product)
+
+
 def normal(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
@@ -35,47 +42,43 @@ def relative(ours, theirs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_is_as_near_as_its_bits_allow(kind, weights_only):
     x, kernel = normal(2, 8, 64), normal(64, 32, seed=1) * jnp.exp(normal(32, seed=2))
-    made = kernels.make(kernel, kind, Precision.of(kind, weights_only=weights_only))
+    made = make(kernel, kind, Precision.of(kind, weights_only=weights_only))
     assert made.shape == kernel.shape
-    expected = layers.product(kernel, x)
-    error = relative(layers.product(made, x), expected)
+    expected = product(kernel, x)
+    error = relative(product(made, x), expected)
     assert 0 < error < ERRORS[kind]
     if weights_only:
-        exact = layers.product(made.dense().astype(x.dtype), x)
-        np.testing.assert_allclose(layers.product(made, x), exact, atol=1e-4)
-        both = kernels.make(kernel, kind, Precision.of(kind))
-        assert error < relative(layers.product(both, x), expected)
+        exact = product(made.dense().astype(x.dtype), x)
+        np.testing.assert_allclose(product(made, x), exact, atol=1e-4)
+        both = make(kernel, kind, Precision.of(kind))
+        assert error < relative(product(both, x), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_a_stack_are_quantised_each_by_itself(kind):
     stack = normal(3, 32, 16) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
     how = Precision.of(kind)
-    made = kernels.make(stack, kind, how)
+    made = make(stack, kind, how)
     for i in range(3):
-        alone = kernels.make(stack[i], kind, how)
+        alone = make(stack[i], kind, how)
         for ours, theirs in zip(jax.tree.leaves(made[i]), jax.tree.leaves(alone), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_video_is_not_changed_by_its_neighbours(kind):
-    kernel = kernels.make(normal(32, 16), kind, Precision.of(kind))
+    kernel = make(normal(32, 16), kind, Precision.of(kind))
     x = normal(2, 4, 32) * jnp.array([1.0, 50.0])[:, None, None]
-    np.testing.assert_allclose(
-        layers.product(kernel, x)[:1], layers.product(kernel, x[:1]), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(product(kernel, x)[:1], product(kernel, x[:1]), rtol=1e-5, atol=1e-5)
 
 
 def test_scales_of_the_wrong_layout_change_the_product():
     """It went wrong for others in silence: scales in the order of tensor cores read as rows."""
     kernel, x = normal(128, 128) * jnp.exp(normal(128, seed=3)), normal(1, 4, 128)
-    right = kernels.make(kernel, "nvfp4", Precision.of("nvfp4", weights_only=True))
-    from longlive_kernels.nvfp4.format import swizzle
-
+    right = make(kernel, "nvfp4", Precision.of("nvfp4", weights_only=True))
     wrong = dataclasses.replace(right, scales=swizzle(right.scales).reshape(right.scales.shape))
-    expected = layers.product(kernel, x)
-    errors = [relative(layers.product(way, x), expected) for way in (right, wrong)]
+    expected = product(kernel, x)
+    errors = [relative(product(way, x), expected) for way in (right, wrong)]
     assert errors[0] < 0.2 and errors[1] > 2 * errors[0]
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import streams
 
 import longlive_jax
 from longlive_jax.config import WAN22_TI2V_5B, StreamConfig
@@ -16,6 +17,9 @@ LAYERS, B, SLOTS, S, A, D = 2, 2, 6, 4, 2, 32
 # The largest error of a number, of the largest in its scale's reach: half a step of int8; half a
 # unit in the last place of e4m3; half of 6 - 4 of e2m1, 6 being the largest, and an e4m3 scale.
 ERRORS = {"int8": 0.5 / 127, "fp8": 1 / 16, "nvfp4": 1 / 6 * (1 + 1 / 16)}
+
+
+enter = streams.jit(storage.enter)
 
 
 def place(slots, chunk, *, final, layer=1):
@@ -42,12 +46,12 @@ def test_the_config_knows_every_way():
 @pytest.mark.parametrize("kind", CODECS)
 def test_a_frame_is_kept_at_its_clean_pass_and_only_then(kind):
     new, later = frames(2), frames(2, seed=1)
-    table, window = storage.enter(kept(kind), new, place([4, 1], [0, 0], final=False))
+    table, window = enter(kept(kind), new, place([4, 1], [0, 0], final=False))
     np.testing.assert_array_equal(window[:, jnp.array([4, 1])], new)  # its own, as it is
     assert not any(np.asarray(x, np.float32).any() for x in jax.tree.leaves(table))
-    table, window = storage.enter(table, new, place([4, 1], [0, 0], final=True))
+    table, window = enter(table, new, place([4, 1], [0, 0], final=True))
     np.testing.assert_array_equal(window[:, jnp.array([4, 1])], new)
-    _, window = storage.enter(table, later, place([0, 2], [1, 1], final=False))
+    _, window = enter(table, later, place([0, 2], [1, 1], final=False))
     seen = np.asarray(window[:, jnp.array([4, 1])])
     assert 0 < np.abs(seen - new).max() <= ERRORS[kind] * np.abs(new).max()
     np.testing.assert_array_equal(window[:, jnp.array([0, 2])], later)
@@ -59,8 +63,8 @@ def test_a_frame_is_kept_at_its_clean_pass_and_only_then(kind):
 @pytest.mark.parametrize("kind", CODECS)
 def test_what_is_kept_is_never_quantised_again(kind):
     """Its bytes stay through passes of other frames; a frame past the last slot leaves no trace."""
-    table, _ = storage.enter(kept(kind), frames(2), place([0, 1], [0, 0], final=True))
-    again, _ = storage.enter(table, frames(2, 1), place([2, SLOTS], [1, 1], final=True))
+    table, _ = enter(kept(kind), frames(2), place([0, 1], [0, 0], final=True))
+    again, _ = enter(table, frames(2, 1), place([2, SLOTS], [1, 1], final=True))
     for before, after in zip(jax.tree.leaves(table), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(before[:, :, :2], after[:, :, :2])
         np.testing.assert_array_equal(before[:, :, 3:], after[:, :, 3:])
@@ -71,14 +75,14 @@ def test_what_is_kept_is_never_quantised_again(kind):
 def test_nvfp4_has_one_largest_magnitude_for_each_chunk():
     """Also where a call has several, as a recache does."""
     new = frames(4) * jnp.array([1.0, 2.0, 3.0, 4.0])[:, None, None, None]
-    table, _ = storage.enter(kept("nvfp4"), new, place([0, 1, 2, 3], [5, 5, 6, 6], final=True))
+    table, _ = enter(kept("nvfp4"), new, place([0, 1, 2, 3], [5, 5, 6, 6], final=True))
     amax = table.parts["amax"][1, :, :4]
     expected = np.abs(np.asarray(new)).reshape(B, 2, -1).max(2)
     np.testing.assert_array_equal(amax, np.repeat(expected, 2, 1))
     alone = kept("nvfp4")
     for pair in (0, 2):
         where = place([pair, pair + 1], [9, 9], final=True)
-        alone, _ = storage.enter(alone, new[:, pair : pair + 2], where)
+        alone, _ = enter(alone, new[:, pair : pair + 2], where)
     for ours, theirs in zip(jax.tree.leaves(table), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
