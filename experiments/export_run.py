@@ -11,12 +11,14 @@ from absl import app, flags, logging
 
 from longlive_jax.errors import InputError
 from longlive_jax.train import export
+from longlive_jax.train.checkpoint import told_by_us
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The new folder.", required=True)
 
 
 def main(_):
+    logging.get_absl_handler().addFilter(told_by_us)
     try:
         step = export.run(pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value))
     except InputError as error:

@@ -9,7 +9,6 @@ this command.
 """
 
 import dataclasses
-import logging as py_logging
 import pathlib
 import sys
 
@@ -23,6 +22,7 @@ from longlive_jax import cache_dir
 from longlive_jax.errors import InputError
 from longlive_jax.train import trainer
 from longlive_jax.train.ar import ARConfig
+from longlive_jax.train.checkpoint import told_by_us
 from longlive_jax.train.recycling import RecyclingConfig
 from longlive_jax.train.source import SourceConfig
 from longlive_jax.train.state import OptimizerConfig
@@ -67,11 +67,6 @@ def devices() -> None:
         if jax.config.jax_platforms == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-
-
-def told_by_us(record) -> bool:
-    """Orbax tells much of what it does."""
-    return "orbax" not in record.pathname or record.levelno > py_logging.INFO
 
 
 def main(_):

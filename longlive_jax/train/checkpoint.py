@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,11 @@ import orbax.checkpoint as ocp
 
 from longlive_jax.errors import InputError
 from longlive_jax.train.state import TrainState
+
+
+def told_by_us(record: logging.LogRecord) -> bool:
+    """A filter of what is logged: Orbax tells much of what it does."""
+    return "orbax" not in record.pathname or record.levelno > logging.INFO
 
 
 class Checkpoints:
