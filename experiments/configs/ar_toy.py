@@ -21,7 +21,9 @@ def get_config(which: str = "tune") -> ml_collections.ConfigDict:
 
 
 def _run(source: dict | None = None, ar: dict | None = None, **changes) -> dict:
-    folder = dict(folder="runs/toy", chunks=16, batch=4, cache="runs/latents", start="first")
+    folder = dict(
+        folder="runs/toy", chunks=16, batch=4, cache="runs/latents", start="first", seed=0
+    )
     task = dict(shift=3.0, context_sigma=0.25, context_share=0.7, windowed=True)
     run = dict(
         model="tiny",
