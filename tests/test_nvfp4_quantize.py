@@ -421,7 +421,7 @@ def test_a_backend_is_named_or_chosen():
         (dict(tile=16), "8 x 32 do not divide into blocks of 16 x 16"),
         (dict(transpose=True), "32 x 8 do not divide into blocks of 1 x 16"),
         (dict(signs=jnp.ones(8)), "16 signs"),
-        (dict(draws=jnp.ones((1, 8, 32))), "in blocks"),
+        (dict(draws=jnp.ones((1, 7, 32))), "in blocks"),
         (dict(draws=jnp.ones((1, 16, 16)), key=jax.random.key(0)), "not both"),
     ],
 )

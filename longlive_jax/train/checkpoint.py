@@ -99,7 +99,11 @@ class Checkpoints:
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=as_arrays, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, self._reading(step):
-            return reader.restore(path, args=args)["ema"]
+            found = reader.restore(path, args=args)["ema"]
+            for name, x in found.items():  # Orbax takes any shape
+                if x.shape != like[name].shape:
+                    raise ValueError(f"{name} is {x.shape} there, {like[name].shape} here")
+            return found
 
     def _read(self, step: int, **items: Any) -> Any:
         with self._reading(step):
