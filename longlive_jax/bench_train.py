@@ -100,17 +100,18 @@ def run(
     batch: int = 2,
     ranks: Sequence[int] = (1, 2, 4, 8),
 ) -> TrainReport:
-    """Measures steps of random videos over as many of `ranks` as there are devices, 1 always among
-    them; `steps`, of denoising, means nothing here.
+    """Measures steps of random videos, cut to whole chunks on every rank, over as many of `ranks`
+    as there are devices, 1 always among them; `steps`, of denoising, means nothing here.
 
     Raises:
-      InputError: the sequence's chunks or the model's heads do not divide over the ranks.
+      InputError: there are fewer chunks than ranks, or the model's heads do not divide over them.
     """
     del steps
     cfg = model.config
-    chunks = timeline.chunk_count(cfg, seconds)
-    frames = chunks * cfg.stream.chunk
     ranks = [n for n in ranks if n <= jax.device_count()]
+    chunks = timeline.chunk_count(cfg, seconds)
+    chunks -= chunks % ranks[-1] if chunks > ranks[-1] else 0  # whole ones on every rank
+    frames = chunks * cfg.stream.chunk
     given = videos(cfg, batch, frames, seed)
     clock = functools.partial(median_seconds, repeat=repeat)
     return TrainReport(

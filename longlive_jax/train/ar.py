@@ -41,7 +41,7 @@ class ARConfig:
     image: bool = False  # the first latent is given: clean, and not in the loss
     windowed: bool = False  # attend as the streaming cache does; otherwise all that came before
     balanced: bool = True
-    remat: str = "dots"
+    remat: str = "nothing"  # of a block is kept for its gradient, its input aside
 
     def order(self, ranks: int) -> Order:
         return Order(ranks if self.balanced else 1)
