@@ -30,7 +30,7 @@ from longlive_jax.train.ar import ARConfig, Videos
 from longlive_jax.train.order import Order
 from longlive_jax.train.state import OptimizerConfig, TrainState
 from longlive_jax.train.step import Program
-from longlive_jax.vae.sharded import encode_rank, lay_out
+from longlive_jax.vae.sharded import encode_rank, encode_with_halo, halo, lay_out, windows
 from longlive_jax.vae.vae import encode
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, steps=1000)
@@ -40,12 +40,13 @@ DENSE = 192  # latent frames: of more, dense scores are too large to be written 
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """One step and the encoding of its video over so many ranks. ratio: of the two together, to
-    those of one device.
+    those of one device. halo_s: encoding by halo windows, rank after rank on one device.
     """
 
     step_s: float
     encode_s: float
     ratio: float
+    halo_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +165,12 @@ def spreads(model: Any, given: Videos, ranks: Sequence[int], clock: Clock) -> di
         for name, balanced in (("plain", False), ("balanced", True)):
             step_s = clock(stepper(model, given, ARConfig(cfg.stream, balanced=balanced), mesh)[0])
             encode_s = clock(encoder(model, given, mesh, balanced))
-            found[f"{name} {n}"] = step_s, encode_s
-    alone = sum(found["balanced 1"])
-    return {name: Spread(*times, sum(times) / alone) for name, times in found.items()}
+            found[f"{name} {n}"] = step_s, encode_s, clock(halo_encoder(model, given, n))
+    alone = sum(found["balanced 1"][:2])
+    return {
+        name: Spread(step_s, encode_s, (step_s + encode_s) / alone, halo_s)
+        for name, (step_s, encode_s, halo_s) in found.items()
+    }
 
 
 def step_of(model: Any, given: Videos, remat: str, clock: Clock) -> Step:
@@ -200,20 +204,31 @@ def stepper(
 
 def encoder(model: Any, given: Videos, mesh: Mesh, balanced: bool) -> Callable[[], Any]:
     """A call that encodes the videos: each rank its part of them, or as in plain SP all of them."""
-    cfg = model.config
-    _, b, frames = given.latents.shape[:3]
-    pixels = frames * cfg.vae.time_stride - cfg.vae.time_stride + 1
-    video = jax.random.uniform(
-        jax.random.key(1), (b, pixels, cfg.height, cfg.width, 3), minval=-1.0
-    )
+    video = pixels(model.config, given)
     if balanced:
-        video, place = lay_out(cfg.vae, video), PartitionSpec(sharding.BATCH, sharding.SEQ)
+        video, place = lay_out(model.config.vae, video), PartitionSpec(sharding.BATCH, sharding.SEQ)
         local = encode_rank
     else:
         place, local = PartitionSpec(sharding.BATCH), encode
     spread = dict(in_specs=(PartitionSpec(), place), out_specs=place, check_vma=balanced)
     program = jax.jit(jax.shard_map(local, mesh=mesh, **spread))
     return functools.partial(program, model.vae, jax.device_put(video, NamedSharding(mesh, place)))
+
+
+def halo_encoder(model: Any, given: Videos, ranks: int) -> Callable[[], Any]:
+    """A call that encodes the videos rank by rank, each from its window with a halo."""
+    run = jax.jit(encode_with_halo, static_argnames="window")
+    video, reach = pixels(model.config, given), halo(model.config.vae)
+    parts = windows(given.latents.shape[2], ranks, reach, model.config.vae.time_stride)
+    return lambda: [run(model.vae, video, window) for window in parts]
+
+
+def pixels(cfg: ModelConfig, given: Videos) -> jax.Array:
+    """Random frames of as many videos, as long."""
+    _, b, frames = given.latents.shape[:3]
+    count = (frames - 1) * cfg.vae.time_stride + 1
+    shape = (b, count, cfg.height, cfg.width, 3)
+    return jax.random.uniform(jax.random.key(1), shape, minval=-1.0)
 
 
 def attentions(cfg: ModelConfig, seed: int, clock: Clock) -> dict[str, Attention]:

@@ -36,7 +36,7 @@ def test_every_way_is_measured(model):
     assert list(found.spread) == ["plain 1", "balanced 1", "plain 2", "balanced 2"]
     assert found.spread["balanced 1"].ratio == 1.0
     for spread in found.spread.values():
-        assert min(spread.step_s, spread.encode_s) > 0
+        assert min(spread.step_s, spread.encode_s, spread.halo_s) > 0
     assert list(found.remat) == ["all", "dots", "nothing"]
     assert min(step.temporary_bytes for step in found.remat.values()) > 0
     assert list(found.attention) == ["xla 2", "reference 2", "xla 4", "reference 4", "xla 8"]
@@ -45,11 +45,13 @@ def test_every_way_is_measured(model):
     assert json.loads(found.to_json())["spread"]["plain 2"]["ratio"] > 0
 
 
-def test_both_ways_of_encoding_give_the_same_latents(model):
+def test_every_way_of_encoding_gives_the_same_latents(model):
     given = bench_train.videos(model.config, 1, 4, 0)
     mesh = bench_train.sharding.make_mesh(seq=2)
     ours, theirs = (bench_train.encoder(model, given, mesh, way)() for way in (True, False))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    by_windows = np.concatenate(bench_train.halo_encoder(model, given, 2)(), 1)
+    np.testing.assert_allclose(by_windows, theirs, atol=1e-5)
 
 
 def test_a_sequence_of_fewer_chunks_than_ranks_is_refused(model):
