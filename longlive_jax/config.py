@@ -281,6 +281,10 @@ class Precision:
         """
         return cls((("blocks.*", kind),), **choices)
 
+    @classmethod
+    def from_json(cls, data: dict) -> Precision:
+        return cls(**_tuples(data))
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -348,7 +352,7 @@ def from_json(data: dict) -> ModelConfig:
     made = {name: kind(**given[name]) for name, kind in parts.items()}
     decoders = _tuples(data.get("decoders", {}))
     if data.get("precision"):
-        made["precision"] = Precision(**_tuples(data["precision"]))
+        made["precision"] = Precision.from_json(data["precision"])
     made["decoders"] = tuple(
         (name, _DECODERS[part.pop("kind")](**part)) for name, part in decoders.items()
     )

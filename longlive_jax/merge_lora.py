@@ -9,20 +9,18 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 
 from longlive_jax import lora as loras
+from longlive_jax import model as models
 from longlive_jax import weights
 from longlive_jax.convert.source import spec_of
 from longlive_jax.convert.table import Pending
 from longlive_jax.errors import InputError
 
 _PART = "dit"
-# The transformer's files; and the folder's own LoRA, whose place this one takes, as in `load`.
-_REPLACED = ("dit.", "dit-", "lora.")
 
 
 def run(
@@ -49,18 +47,7 @@ def run(
         path: Pending(spec.shape, spec.dtype, functools.partial(_pieces, tensors, path, adapter))
         for path, spec in specs.items()
     }
-    with weights.new_folder(target) as folder:
-        weights.write(folder, _PART, pending)
-        take_others(source, folder)
-
-
-def take_others(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts into `folder` what the model in `source` has beside its transformer. Weights are linked
-    where the disk allows it; the rest, and what people edit, is copied.
-    """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith(_REPLACED):
-            _take(file, folder / file.name)
+    models.write_with(target, source, pending)
 
 
 def _pieces(tensors, path: str, lora: loras.Lora) -> Iterator[np.ndarray]:
@@ -75,13 +62,3 @@ def _pieces(tensors, path: str, lora: loras.Lora) -> Iterator[np.ndarray]:
         for i in range(len(whole)):
             parts = (x[i : i + 1] for x in (whole, lora.a[linear], lora.b[linear]))
             yield np.asarray(loras.LowRank(*parts, lora.scale(linear)).dense())
-
-
-def _take(file: pathlib.Path, target: pathlib.Path) -> None:
-    if file.suffix != ".safetensors":
-        shutil.copyfile(file, target)
-        return
-    try:
-        os.link(file.resolve(), target)
-    except OSError:  # another disk, or one that knows no links
-        shutil.copyfile(file, target)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from flax import nnx
 from longlive_jax import config, opening, sampler, weights
 from longlive_jax import lora as loras
 from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig
-from longlive_jax.convert.table import NameMismatch
+from longlive_jax.convert.table import NameMismatch, Pending
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.errors import InputError
 from longlive_jax.opening import Pixels
@@ -276,3 +277,40 @@ def save(
     for part in PARTS:
         weights.save(folder / f"{part}.safetensors", flat[part], dtype)
     (folder / "config.json").write_text(json.dumps(config.to_json(cfg), indent=1) + "\n", "utf-8")
+
+
+# A transformer's files; and the folder's own LoRA, which is of that transformer.
+_OF_TRANSFORMER = ("dit.", "dit-", "lora.")
+
+
+def write_with(
+    target: pathlib.Path,
+    source: pathlib.Path,
+    transformer: Mapping[str, Pending],
+    cfg: ModelConfig | None = None,
+) -> None:
+    """Writes the folder `target`, whole or not at all: the model in `source` with another
+    transformer, and with another config if one is given. Other weights are linked where the disk
+    allows it; the rest, and what people edit, is copied.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    with weights.new_folder(target) as folder:
+        weights.write(folder, "dit", transformer)
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.startswith(_OF_TRANSFORMER):
+                _take(file, folder / file.name)
+        if cfg is not None:
+            text = json.dumps(config.to_json(cfg), indent=1) + "\n"
+            (folder / "config.json").write_text(text, "utf-8")
+
+
+def _take(file: pathlib.Path, target: pathlib.Path) -> None:
+    if file.suffix != ".safetensors":
+        shutil.copyfile(file, target)
+        return
+    try:
+        os.link(file.resolve(), target)
+    except OSError:  # another disk, or one that knows no links
+        shutil.copyfile(file, target)

@@ -112,8 +112,7 @@ def origin(folder: str | os.PathLike) -> Origin:
     with _understood(folder):
         facts = dict(_facts(folder)["model"])
         if facts["precision"]:
-            layers = tuple((pattern, kind) for pattern, kind in facts["precision"].pop("layers"))
-            facts["precision"] = Precision(layers, **facts["precision"])
+            facts["precision"] = Precision.from_json(facts["precision"])
         return Origin(**facts)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from longlive_kernels.nvfp4 import NVFP4
 from longlive_kernels.nvfp4.quantize import dequantize, quantize
+
+from longlive_jax.quant.eight import eight_bits
 
 Frames = Float[Array, "b f s a d"]
 Window = Float[Array, "b slots s a d"]
@@ -58,7 +59,6 @@ class Scaled:
     """
 
     dtype: Any
-    largest: float
 
     def empty(self, lead: tuple[int, ...], s: int, a: int, d: int) -> Parts:
         return {
@@ -68,12 +68,8 @@ class Scaled:
 
     def encode(self, x: Frames, same: Array) -> Parts:
         del same
-        x = x.astype(jnp.float32)
-        scales = jnp.abs(x).max(-1) / self.largest
-        values = x / jnp.where(scales > 0, scales, 1.0)[..., None]
-        if jnp.issubdtype(self.dtype, jnp.integer):
-            values = jnp.round(values)
-        return {"values": values.astype(self.dtype), "scales": scales}
+        values, scales = eight_bits(x, self.dtype, -1)
+        return {"values": values, "scales": scales[..., 0]}
 
     def decode(self, parts: Parts) -> Float[Array, "b slots s a d"]:
         return parts["values"].astype(jnp.float32) * parts["scales"][..., None]
@@ -106,8 +102,8 @@ class FourBit:
 
 Codec = Scaled | FourBit
 CODECS: dict[str, Codec] = {
-    "int8": Scaled(jnp.int8, 127.0),
-    "fp8": Scaled(jnp.float8_e4m3fn, 448.0),
+    "int8": Scaled(jnp.int8),
+    "fp8": Scaled(jnp.float8_e4m3fn),
     "nvfp4": FourBit(),
 }
 
@@ -146,9 +142,3 @@ def empty(kind: str, shape: tuple[int, ...], dtype: Any) -> Any:
     if kind == "nvfp4" and shape[-1] % 16:
         raise ValueError(f"nvfp4 keeps heads of a multiple of 16, not of {shape[-1]}")
     return LowBit(CODECS[kind].empty(shape[:3], *shape[3:]), CODECS[kind])
-
-
-def nbytes(kind: str, shape: tuple[int, ...], dtype: Any) -> int:
-    """Of `empty`, without making it."""
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: empty(kind, shape, dtype)))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax import config, merge_lora, model, weights
+from longlive_jax import model, weights
 from longlive_jax.config import Precision
 from longlive_jax.convert.source import spec_of
 from longlive_jax.convert.table import Pending
@@ -53,11 +52,7 @@ def run(name: str | os.PathLike, output: str | os.PathLike, how: Precision) -> N
         else:
             whole = functools.partial(_whole, tensors, path)
             pending[path] = Pending(spec.shape, spec.dtype, whole)
-    with weights.new_folder(target) as folder:
-        weights.write(folder, _PART, pending)
-        merge_lora.take_others(source, folder)
-        text = json.dumps(config.to_json(dataclasses.replace(cfg, precision=how)), indent=1)
-        (folder / "config.json").write_text(text + "\n", "utf-8")
+    model.write_with(target, source, pending, dataclasses.replace(cfg, precision=how))
 
 
 def _parts(

@@ -20,6 +20,7 @@ from longlive_kernels.nvfp4.quantize import dequantize, quantize
 
 from longlive_jax import layers
 from longlive_jax.config import Precision
+from longlive_jax.quant.eight import eight_bits
 
 
 @functools.partial(
@@ -79,17 +80,7 @@ class FourBit:
 
 
 Kernel = EightBit | FourBit
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 TYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-
-
-def eight_bits(x: Float[Array, "*s r c"], dtype: Any, axis: int) -> tuple[Array, Array]:
-    """Values, and the scale that those along `axis` share."""
-    x = x.astype(jnp.float32)
-    scales = jnp.abs(x).max(axis, keepdims=True) / LARGEST[jnp.dtype(dtype)]
-    values = x / jnp.where(scales > 0, scales, 1.0)
-    values = jnp.round(values) if jnp.issubdtype(dtype, jnp.integer) else values
-    return values.astype(dtype), scales
 
 
 def make(kernel: Float[Array, "*layers in out"], kind: str, how: Precision) -> Kernel:

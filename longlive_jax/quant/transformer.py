@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
 
 from longlive_jax import weights
 from longlive_jax.config import Precision
@@ -63,11 +62,3 @@ def _made(leaf, kind: str, how: Precision):
     if isinstance(leaf, LowRank):
         return LowRank(kernels.make(leaf.kernel, kind, how), leaf.a, leaf.b, leaf.scale)
     return kernels.make(leaf, kind, how)
-
-
-def low_bit(dit: DiT) -> Iterator[tuple[str, kernels.Kernel]]:
-    """The kernels in fewer bits, by path."""
-    for path, leaf in weights.flatten(dit).items():
-        inner = leaf.kernel if isinstance(leaf, LowRank) else leaf
-        if isinstance(inner, kernels.Kernel):
-            yield path, inner

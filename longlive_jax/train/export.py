@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from longlive_jax import config, merge_lora, model, weights
+from longlive_jax import config, model, weights
 from longlive_jax.convert.source import spec_of
 from longlive_jax.convert.table import Pending
 from longlive_jax.errors import InputError
@@ -48,11 +47,7 @@ def run(workdir: pathlib.Path, output: pathlib.Path) -> int:
         path: Pending(spec.shape, spec.dtype, functools.partial(_whole, averaged[path], spec.dtype))
         for path, spec in specs.items()
     }
-    with weights.new_folder(output) as new:
-        weights.write(new, "dit", pending)
-        merge_lora.take_others(source, new)
-        text = json.dumps(config.to_json(cfg), indent=1) + "\n"
-        (new / "config.json").write_text(text, "utf-8")
+    model.write_with(output, source, pending, cfg)
     return step
 
 

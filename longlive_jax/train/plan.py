@@ -43,7 +43,6 @@ from longlive_jax.train.state import OptimizerConfig, TrainState
 from longlive_jax.train.step import Program
 from longlive_jax.version import __version__
 
-REMAT = "nothing"  # of a block is kept for its gradient, its input aside
 ADAMW = OptimizerConfig(learning_rate=1e-5, steps=1000)
 ITEM = jnp.dtype(jnp.bfloat16).itemsize
 
@@ -109,7 +108,7 @@ class Ask:
 
 
 def learned(cfg: ModelConfig, *, balanced: bool = True) -> ARConfig:
-    return ARConfig(cfg.stream, balanced=balanced, remat=REMAT)
+    return ARConfig(cfg.stream, balanced=balanced)
 
 
 @dataclasses.dataclass(frozen=True)
