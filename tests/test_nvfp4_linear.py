@@ -297,7 +297,7 @@ def test_of_x_only_its_quantised_form_is_kept():
     _, back = jax.jit(lambda x, kernel: jax.vjp(lambda *a: linear(*a, key), x, kernel))(x, kernel)
     kept = [leaf for leaf in jax.tree.leaves(back) if hasattr(leaf, "dtype")]
     kinds = {(leaf.shape, str(leaf.dtype)) for leaf in kept}
-    assert ((64, 24), "uint8") in kinds and ((64, 3), "float8_e4m3fn") in kinds
+    assert ((64, 24), "uint8") in kinds and ((64, 3), "uint8") in kinds  # codes and scales
     large = {kind for kind in kinds if np.prod(kind[0], dtype=int) >= x.size}
     assert large == set()  # kernel alone is smaller, and it is there
     assert ((48, 32), "float32") in kinds
@@ -305,6 +305,7 @@ def test_of_x_only_its_quantised_form_is_kept():
 
 def test_it_goes_through_every_transformation():
     """Over a stack of kernels and their keys."""
+    keep = jax.checkpoint_policies.everything_saveable
     x, _, key, grad = arguments()
     kernels, keys = normal((2, 48, 32), 5) / 6, jax.random.split(key, 2)
 
@@ -318,6 +319,8 @@ def test_it_goes_through_every_transformation():
     ways = {
         "scan": lambda: scanned(linear),
         "checkpoint": lambda: scanned(jax.checkpoint(linear)),
+        # What is kept goes through `reduce_precision`, which knows no e4m3fn.
+        "all kept": lambda: scanned(jax.checkpoint(linear, policy=keep)),
         "vmap": lambda: jax.vmap(results, (None, 0, 0, None))(x, kernels, keys, grad),
     }
     alone = [results(x, kernels[i], keys[i], grad) for i in range(2)]
