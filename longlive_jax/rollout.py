@@ -117,15 +117,15 @@ def denoise(
         (`causal_diffusion_inference.py`, `initial_latent` with `independent_first_frame`).
     """
     frames = first_noise.shape[1]
-    rollout, attn = _enter(dit, rollout, frames, stream)
+    rollout, attn = enter(dit, rollout, frames, stream)
     known = 0 if given is None else given.shape[1]
 
     def pinned(x: Latents) -> Latents:
         return x if given is None else x.at[:, :known].set(given.astype(x.dtype))
 
     def velocity(x: Latents, t: Array, kv: KV) -> tuple[Latents, KV]:
-        t = jnp.where(jnp.arange(frames) < known, 0.0, t) if known else t[None]
-        v, kv = _forward(dit, pinned(x), t, text, attn, kv)
+        t = jnp.where(jnp.arange(frames)[None] < known, 0.0, t) if known else t[None, None]
+        v, kv = forward(dit, pinned(x), t, text, attn, kv)
         return (v if v.shape[0] == x.shape[0] else sampler.guide(*jnp.split(v, 2), guidance)), kv
 
     kv = rollout.cache.k, rollout.cache.v
@@ -133,7 +133,7 @@ def denoise(
     latents = pinned(latents)
     cache = dataclasses.replace(rollout.cache, k=kv[0], v=kv[1])
     rollout = dataclasses.replace(rollout, cache=cache)
-    return _leave(dit, rollout, latents, text, attn, stream), latents
+    return leave(dit, rollout, latents, text, attn, stream), latents
 
 
 @functools.partial(jax.jit, static_argnames="stream", donate_argnames="rollout")
@@ -143,22 +143,24 @@ def absorb(
     """Takes given latents as the next chunk: a clean pass, no denoising (`initial_latent` in
     `causal_diffusion_inference.py`).
     """
-    rollout, attn = _enter(dit, rollout, latents.shape[1], stream)
-    return _leave(dit, rollout, latents, text, attn, stream)
+    rollout, attn = enter(dit, rollout, latents.shape[1], stream)
+    return leave(dit, rollout, latents, text, attn, stream)
 
 
-def _forward(
-    dit: DiT, x: Latents, t: Float[Array, " m"], text: TextKV, attn: Cached, kv: KV
+def forward(
+    dit: DiT, x: Latents, t: Float[Array, "r m"], text: TextKV, attn: Cached, kv: KV
 ) -> tuple[Float[Array, "rows f h w c"], KV]:
-    """Velocity of each row of the cache, and the new keys and values; `x` has a row a video."""
+    """Velocity of each row of the cache, and the new keys and values; `x` has a row a video. t: of
+    all videos or of each, of all frames or of each.
+    """
     rows = attn.slots.shape[0]
     x = jnp.tile(x, (rows // x.shape[0], 1, 1, 1, 1))
-    t = jnp.broadcast_to(t.astype(jnp.float32), (rows, t.shape[0]))
+    t = jnp.tile(t.astype(jnp.float32), (rows // t.shape[0], 1))
     v, state = dit(x, t, text, attn, LayerCache(*kv, jnp.zeros((), jnp.int32)))
     return v, (state.k, state.v)
 
 
-def _enter(dit: DiT, rollout: Rollout, frames: int, stream: StreamConfig) -> tuple[Rollout, Cached]:
+def enter(dit: DiT, rollout: Rollout, frames: int, stream: StreamConfig) -> tuple[Rollout, Cached]:
     """Labels the slots of the next chunk, and what its passes attend."""
     cache, rows = rollout.cache, rollout.cache.frame.shape[0]
     labels = [_tile(x, rows) for x in (rollout.frame, rollout.chunk, rollout.shot)]
@@ -169,17 +171,33 @@ def _enter(dit: DiT, rollout: Rollout, frames: int, stream: StreamConfig) -> tup
     return dataclasses.replace(rollout, cache=cache), attn
 
 
-def _leave(
-    dit: DiT, rollout: Rollout, latents: Latents, text: TextKV, attn: Cached, stream: StreamConfig
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a clean pass is shown in the place of a chunk's latents, and as which timestep."""
+
+    latents: Latents
+    t: Float[Array, "r m"]  # of all videos or of each, of all frames or of each
+
+
+def leave(
+    dit: DiT,
+    rollout: Rollout,
+    latents: Latents,
+    text: TextKV,
+    attn: Cached,
+    stream: StreamConfig,
+    shown: Shown | None = None,
 ) -> Rollout:
-    """The clean pass of the chunk that `_enter` labelled, and the latents put aside."""
+    """The clean pass of the chunk that `enter` labelled, and the latents put aside."""
     cache, frames = rollout.cache, latents.shape[1]
+    shown = Shown(latents, jnp.zeros((1, 1))) if shown is None else shown
     if stream.clean_recache:
         cache = slots.keep(cache, _after_cut(cache, attn.slots, stream.sink))
         visible = jnp.repeat(cache.filled[:, None], frames, 1)
         attn = _attention(dit, rollout.held, cache, attn.slots, visible, stream)
     attn = dataclasses.replace(attn, final=True)
-    _, (k, v) = _forward(dit, latents, jnp.zeros(1), text, attn, (cache.k, cache.v))
+    _, (k, v) = forward(dit, shown.latents, shown.t, text, attn, (cache.k, cache.v))
     held = slots.choose(rollout.held, frames, stream.sink, stream.shot_sink)
     batch = jnp.arange(latents.shape[0])[:, None]
     table = slots.claim(rollout.held, held, rollout.frame, rollout.chunk, rollout.shot)
@@ -266,7 +284,7 @@ def recache(
         silent |= slots.is_sink(cache, stream.sink, stream.shot_sink)
     attn = dataclasses.replace(attn, slots=jnp.where(silent, count, places), final=True)
     latents = slots.latents_of(rollout.held, cache.frame[: rollout.frame.shape[0]])
-    _, (k, v) = _forward(dit, latents, jnp.zeros(1), text, attn, (cache.k, cache.v))
+    _, (k, v) = forward(dit, latents, jnp.zeros((1, 1)), text, attn, (cache.k, cache.v))
     return dataclasses.replace(rollout, cache=dataclasses.replace(cache, k=k, v=v))
 
 

@@ -196,20 +196,54 @@ def sample_stateful(
     last = len(solver.steps) - 1
 
     def step(carry, row):
-        x, start, x0, x0_old, state = carry
-        index, timestep, sigma, correct, predict = row
-        v, state = velocity(x.astype(noise.dtype), timestep, state)
-        new = x - sigma * v.astype(jnp.float32)
-        start = _blend(correct, (x, start, new, x0, x0_old))
-        seen = (start, new, x0)
+        progress, state = carry
+        index, timestep, *row = row
+        v, state = velocity(progress.x.astype(noise.dtype), timestep, state)
+        fresh = None
         if solver.renoises:  # the last step's coefficient is 0: any step's noise does
-            seen += (renoise(jnp.minimum(index + 1, last)).astype(jnp.float32),)
-        return (_blend(predict, seen), start, new, x0, state), None
+            fresh = renoise(jnp.minimum(index + 1, last))
+        return (advance(progress, v, *row, fresh), state), None
 
-    x, zero = noise.astype(jnp.float32), jnp.zeros(noise.shape, jnp.float32)
     indices = jnp.arange(last + 1, dtype=jnp.int32)
-    (x, *_, state), _ = jax.lax.scan(step, (x, zero, zero, zero, state), (indices, *solver.rows))
-    return x.astype(noise.dtype), state
+    (progress, state), _ = jax.lax.scan(step, (begin(noise), state), (indices, *solver.rows))
+    return progress.x.astype(noise.dtype), state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """A chunk on its way, in float32: what the model is shown next, and what the solver remembers
+    of the steps before.
+    """
+
+    x: Latents
+    start: Latents
+    x0: Latents
+    x0_old: Latents
+
+
+def begin(noise: Latents) -> Progress:
+    zero = jnp.zeros(noise.shape, jnp.float32)
+    return Progress(noise.astype(jnp.float32), zero, zero, zero)
+
+
+def advance(
+    at: Progress,
+    v: Latents,
+    sigma: Float[Array, ""],
+    correct: Float[Array, " 5"],
+    predict: Float[Array, " 4"],
+    fresh: Latents | None = None,
+) -> Progress:
+    """After one evaluation, `v` at `at.x`: a row of `Solver.rows` but the timestep, and fresh noise
+    for solvers that put it on.
+    """
+    new = at.x - sigma * v.astype(jnp.float32)
+    start = _blend(correct, (at.x, at.start, new, at.x0, at.x0_old))
+    seen = (start, new, at.x0)
+    if fresh is not None:
+        seen += (fresh.astype(jnp.float32),)
+    return Progress(_blend(predict, seen), start, new, at.x0)
 
 
 def _blend(weights: Float[Array, " n"], terms: tuple[Array, ...]) -> Array:
