@@ -50,7 +50,12 @@ class Rollout:
 
 def begin(cfg: ModelConfig, seeds: Sequence[int], dtype=jnp.float32) -> Rollout:
     """One video for each seed, with nothing made yet."""
-    batch = len(seeds)
+    return start(cfg, jnp.stack([jax.random.key(seed) for seed in seeds]), dtype)
+
+
+def start(cfg: ModelConfig, keys: Array, dtype=jnp.float32) -> Rollout:
+    """One video for each key of noise."""
+    batch = len(keys)
     grid = (cfg.latent_height, cfg.latent_width, cfg.dit.channels)
     rows = batch * cfg.sampler.branches
     zeros = (jnp.zeros(batch, jnp.int32) for _ in range(3))  # buffers of their own: it is donated
@@ -58,7 +63,7 @@ def begin(cfg: ModelConfig, seeds: Sequence[int], dtype=jnp.float32) -> Rollout:
         slots.empty(cfg.dit, cfg.stream, rows, cfg.tokens_per_frame, dtype),
         slots.empty_held(cfg.stream, batch, grid, dtype),
         *zeros,
-        key=jnp.stack([jax.random.key(seed) for seed in seeds]),
+        key=keys,
     )
 
 

@@ -25,9 +25,9 @@ from longlive_jax.data import folder, toy_folder
 from longlive_jax.errors import InputError
 from longlive_jax.model import Model
 from longlive_jax.train import source
+from longlive_jax.train.loop import Stopped
 from longlive_jax.train.metrics import Metrics
 from longlive_jax.train.source import Source
-from longlive_jax.train.trainer import Stopped
 
 SAMPLES = 4  # two steps are an epoch
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +17,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from longlive_kernels.nvfp4.linear import Recipe
 
 from longlive_jax import gpus, output, sharding, weights
@@ -30,14 +27,13 @@ from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 from longlive_jax.flow import Flow
 from longlive_jax.model import Model
-from longlive_jax.train import ar, metrics, source
+from longlive_jax.train import ar, loop, metrics, samples, source
 from longlive_jax.train.ar import ARConfig, Videos
 from longlive_jax.train.checkpoint import Checkpoints, shapes
 from longlive_jax.train.recycling import Errors, Recycler, RecyclingConfig
 from longlive_jax.train.source import Source, SourceConfig
 from longlive_jax.train.state import OptimizerConfig, TrainState, optimizer
-from longlive_jax.train.step import Outcome, Program
-from longlive_jax.video import VideoWriter
+from longlive_jax.train.step import Program
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -68,10 +64,6 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-class Stopped(InputError):
-    """Training cannot go on: the loss or its gradient is no number."""
 
 
 class Run:
@@ -107,11 +99,11 @@ class Run:
         SIGINT the run is saved, and this returns early.
 
         Raises:
-          Stopped: the loss is no number.
+          loop.Stopped: the loss is no number.
           InputError: the folder holds another run, nothing can be written, or no video be read.
         """
         try:
-            with _signals() as told:
+            with loop.signals() as told:
                 state = self._begin()
                 told_to = metrics.Metrics(self.workdir, int(state.step))
                 with contextlib.closing(told_to):
@@ -136,43 +128,22 @@ class Run:
         return state
 
     def _steps(self, state: TrainState, told: list[int], to: metrics.Metrics) -> TrainState:
-        cfg, last = self.cfg, self.cfg.optimizer.steps
-        run, rate = self.program.compile(), _Rate(cfg, self.model)
-        step, counted, since = int(state.step), 0, time.perf_counter()
-        found: list[tuple[jax.Array, jax.Array]] = []  # loss and norm of the steps not yet checked
-        ends = _anywhere(told, self.program.mesh)
-        while step < last and not ends():
-            ends = _anywhere(told, self.program.mesh)
-            state, outcome = self._step(run, state, step)
-            found.append((outcome.loss, outcome.gradient_norm))
-            step, counted = step + 1, counted + 1
-            due = lambda every: every and (step % every == 0 or step == last)  # noqa: E731, B023
-            if due(cfg.log_every) or due(cfg.save_every) or due(cfg.sample_every):
-                loss, norm = self._check(found, step)
-            if due(cfg.log_every):
-                seconds = (time.perf_counter() - since) / counted
-                to.write(step, {"loss": loss, "norm": norm} | rate(seconds))
-            if due(cfg.save_every):
-                self._save(state)
-            if due(cfg.sample_every):
-                sample(cfg, self.model, state, self.workdir / "samples" / f"{step:06d}")
-            if due(cfg.log_every) or due(cfg.sample_every):
-                counted, since = 0, time.perf_counter()
-        if step < last:
-            logging.info("told to end: saving step %d", step)
-            self._check(found, step)
-            self._save(state)
-        self.checkpoints.wait()
-        return state
+        cfg, run = self.cfg, self.program.compile()
+        work = loop.Work(
+            functools.partial(self._step, run), self._save, self._sample, _Rate(cfg, self.model)
+        )
+        every = loop.Every(cfg.optimizer.steps, cfg.log_every, cfg.save_every, cfg.sample_every)
+        places = dict(mesh=self.program.mesh, checkpoints=self.checkpoints)
+        return loop.run(state, work, every, told=told, to=to, **places)
 
-    def _step(self, run: Callable, state: TrainState, step: int) -> tuple[TrainState, Outcome]:
+    def _step(self, run: Callable, state: TrainState, step: int) -> tuple[TrainState, loop.Found]:
         given, key = next(self.videos), jax.random.fold_in(jax.random.key(self.cfg.seed), step)
         errors = None if self.recycler is None else self._inject(step, key, given)
         state, outcome = run(state, given, key, errors)
         if self.recycler is not None:
             found = (outcome.t, outcome.x0_error, outcome.noise_error, given.valid)
             self.recycler.update(step, *map(_flat, found))
-        return state, outcome
+        return state, {"loss": outcome.loss, "norm": outcome.gradient_norm}
 
     def _inject(self, step: int, key: jax.Array, given: Videos) -> Errors:
         """Errors for a step, in parts. Its timesteps are drawn as the step will draw them."""
@@ -189,26 +160,11 @@ class Run:
         errors = None if self.recycler is None else self.recycler.state()
         self.checkpoints.save(state, self.videos.get_state(), self.cfg.to_json(), errors)
 
-    def _check(self, found: list[tuple[jax.Array, jax.Array]], step: int) -> tuple[float, float]:
-        """Loss and norm of a step, the last of those that were found. Nothing is saved of a step
-        before it is checked: with a gradient that is no number the weights are none either.
-        """
-        loss = norm = math.nan
-        for number, numbers in enumerate(jax.device_get(found), step - len(found) + 1):
-            loss, norm = map(float, numbers)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                bad = f"loss of step {number} is {loss}"
-                if math.isfinite(loss):
-                    bad = f"gradient of step {number} has the norm {norm}"
-                raise self._stopped(f"the {bad}")
-        found.clear()
-        return loss, norm
-
-    def _stopped(self, reason: str) -> Stopped:
-        self.checkpoints.wait()
-        last, folder = self.checkpoints.latest, self.checkpoints.folder
-        kept = "no checkpoint is" if last is None else f"the last checkpoint, of step {last}, is"
-        return Stopped(f"{reason}; {kept} in {folder}")
+    def _sample(self, state: TrainState, step: int) -> None:
+        cfg, model = self.cfg, _averaged(self.model, state)
+        if model is not None:
+            folder = self.workdir / "samples" / f"{step:06d}"
+            samples.write(model, cfg.sample_prompts, cfg.sample_seconds, folder)
 
 
 def _check_config(cfg: TrainConfig, mesh: Mesh) -> None:
@@ -275,52 +231,13 @@ class _Rate:
         return said
 
 
-def sample(cfg: TrainConfig, model: Model, state: TrainState, folder: pathlib.Path) -> None:
-    """Videos of the averaged weights, one for each prompt."""
+def _averaged(model: Model, state: TrainState) -> Model | None:
+    """The model with averaged weights; None in processes that make no samples."""
     averaged, own = {}, weights.flatten(model.dit)
     for name, x in state.ema.items():
         x = _whole(x)  # all processes take part; one makes the videos, on one device
         if jax.process_index() == 0:
             averaged[name] = jnp.asarray(x, own[name].dtype)
     if not averaged:
-        return
-    tuned = dataclasses.replace(model, dit=weights.unflatten(model.dit, averaged))
-    with output.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for number, prompt in enumerate(cfg.sample_prompts):
-        session = tuned.session(prompt, seed=number)
-        with VideoWriter(folder / f"{number}.mp4", model.config.fps) as writer:
-            for frames in session.stream(cfg.sample_seconds, lookahead=1):
-                writer.write(frames)
-
-
-def _anywhere(told: list[int], mesh: Mesh) -> Callable[[], bool]:
-    """Whether this process was told to end. Of several, whether any had been when this was called,
-    and the same answer in all: they must leave after the same step. The answer comes from the
-    devices; it is asked for before a step begins and looked at after that.
-    """
-    if jax.process_count() == 1:
-        return lambda: bool(told)
-    each = NamedSharding(mesh, PartitionSpec(sharding.AXES))
-    one = np.full(1, bool(told))
-    flags = jax.make_array_from_callback((mesh.size,), each, lambda _: one)
-    answer = _any(flags, NamedSharding(mesh, PartitionSpec()))
-    return lambda: bool(answer)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _any(flags: jax.Array, place: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(flags.any(), place)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that is empty until the process is told to end."""
-    told: list[int] = []
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {kind: signal.signal(kind, lambda number, _: told.append(number)) for kind in kinds}
-    try:
-        yield told
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        return None
+    return dataclasses.replace(model, dit=weights.unflatten(model.dit, averaged))
