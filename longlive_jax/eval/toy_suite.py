@@ -153,7 +153,7 @@ def _at_end(scripts: Sequence[Script], videos: Iterable[Video]) -> list[dict[str
     ]
 
 
-def _switches(scripts: Sequence[Script], videos: Iterable[Video]) -> list[tuple[str, bool]]:
+def switches(scripts: Sequence[Script], videos: Iterable[Video]) -> list[tuple[str, bool]]:
     """(changed attribute, whether its new value is visible in time) of every switch."""
     hits = []
     for script, video in zip(scripts, videos, strict=True):
@@ -183,7 +183,7 @@ def score(suite: Suite, videos: Videos) -> dict:
     """Judges one video for every script: the fields of `evaluate`, without the baselines."""
     prompts, unseen = _at_end(suite.prompts, videos.prompts), _at_end(suite.unseen, videos.unseen)
     minutes = _at_end(suite.minutes, videos.minutes)
-    switches = _switches(suite.switching, videos.switching)
+    changes = switches(suite.switching, videos.switching)
     asked = [s.segments[0].scene.value("motion") for s in suite.prompts]
     by_class = {
         motion: rate([hit["motion"] for hit, a in zip(prompts, asked, strict=True) if a == motion])
@@ -193,10 +193,10 @@ def score(suite: Suite, videos: Videos) -> dict:
     return {
         **{a: rate([hit[a] for hit in prompts]) for a in ATTRIBUTES},
         "unseen_pairs": rate([_together(hit, "colour", "shape") for hit in unseen]),
-        "switch_1s": rate([hit for _, hit in switches]),
+        "switch_1s": rate([hit for _, hit in changes]),
         "end_of_60s": rate(ends),
         "motion_by_class": by_class,
-        "switch_by_attribute": {a: rate([h for b, h in switches if b == a]) for a in ATTRIBUTES},
+        "switch_by_attribute": {a: rate([h for b, h in changes if b == a]) for a in ATTRIBUTES},
         "end_of_60s_by_attribute": {a: rate([hit[a] for hit in minutes]) for a in ATTRIBUTES},
     }
 

@@ -1,0 +1,58 @@
+"""What `compare.py` compares: python experiments/compare.py --output runs/NAME
+--config=experiments/configs/compare.py:WHICH
+
+low_bits: as Table 7 of the LongLive 2.0 paper, with runs/bf_S_model and runs/nv_S_model, which
+train_ar.py tuned for as many steps without and with NVFP4 products. few_steps: with the LoRAs of
+distill_dmd.py in runs/dmd4_S and runs/dmd2_S. long: with those of long_tuning.py.
+"""
+
+import ml_collections
+
+
+def get_config(which: str) -> ml_collections.ConfigDict:
+    rows, sizes = CONFIGS[which]
+    config = ml_collections.ConfigDict({"sizes": sizes})
+    config.rows = tuple(rows.items())
+    return config
+
+
+def _low_bits() -> dict:
+    """Every way of products with every way of memory; each is compared with the same weights as
+    they are.
+    """
+    memory = {"": "", ", KV nvfp4": "nvfp4", ", KV int8": "int8"}
+    rows = {
+        "as it is": {},
+        "tuned as it is": dict(model=TUNED),
+        "trained, as it is": dict(model=LEARNT),
+    }
+    for name, how in {"nvfp4": "nvfp4", "int8": "int8", "fp8": "fp8", "as it is": ""}.items():
+        for suffix, kv in memory.items():
+            if how or kv:
+                rows[name + suffix] = dict(precision=how, kv=kv, like="as it is")
+    rows["tuned as it is, nvfp4"] = dict(model=TUNED, precision="nvfp4", like="tuned as it is")
+    for suffix, kv in memory.items():
+        trained = dict(model=LEARNT, precision="nvfp4", kv=kv, like="trained, as it is")
+        rows["trained, nvfp4" + suffix] = trained
+    return rows
+
+
+TUNED, LEARNT = "runs/bf_{}_model", "runs/nv_{}_model"
+LORA = "runs/{}/lora.safetensors"
+FEW = {
+    "50 steps": dict(steps=50),
+    "4 steps": dict(steps=4),
+    "2 steps": dict(steps=2),
+    "4 steps, DMD": dict(steps=4, lora=LORA.format("dmd4_{}")),
+    "2 steps, DMD": dict(steps=2, lora=LORA.format("dmd2_{}")),
+}
+LONG = {
+    "not tuned": {},
+    "long": dict(lora=LORA.format("long_{}")),
+    "long, switches": dict(lora=LORA.format("long_switch_{}")),
+}
+CONFIGS = {
+    "low_bits": (_low_bits(), dict(prompts=32, long=8)),
+    "few_steps": (FEW, dict(prompts=56, long=8)),
+    "long": (LONG, dict(prompts=32, long=8, seconds=120.0, switching=8)),
+}
