@@ -21,15 +21,12 @@ def _low_bits() -> dict:
     they are.
     """
     memory = {"": "", ", KV nvfp4": "nvfp4", ", KV int8": "int8"}
-    rows = {
-        "as it is": {},
-        "tuned as it is": dict(model=TUNED),
-        "trained, as it is": dict(model=LEARNT),
-    }
+    rows = {"as it is": {}}
     for name, how in {"nvfp4": "nvfp4", "int8": "int8", "fp8": "fp8", "as it is": ""}.items():
         for suffix, kv in memory.items():
             if how or kv:
                 rows[name + suffix] = dict(precision=how, kv=kv, like="as it is")
+    rows["tuned as it is"], rows["trained, as it is"] = dict(model=TUNED), dict(model=LEARNT)
     rows["tuned as it is, nvfp4"] = dict(model=TUNED, precision="nvfp4", like="tuned as it is")
     for suffix, kv in memory.items():
         trained = dict(model=LEARNT, precision="nvfp4", kv=kv, like="trained, as it is")
