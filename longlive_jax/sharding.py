@@ -50,7 +50,7 @@ def of_weight(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     parts, first = mesh.shape[FSDP] * mesh.shape[SEQ], int(".blocks." in f".{name}")
     fitting = [i for i in range(first, len(shape)) if shape[i] % parts == 0]
     axes: list[tuple[str, str] | None] = [None] * len(shape)
-    if fitting and parts > 1 and name.endswith("kernel"):
+    if fitting and parts > 1 and name.endswith(("kernel", ".lora_a", ".lora_b")):
         axes[max(fitting, key=lambda i: shape[i])] = (FSDP, SEQ)
     return NamedSharding(mesh, PartitionSpec(*axes))
 

@@ -50,15 +50,15 @@ RECYCLING = dict(buckets=4, size=2, positions=2, clean_prob=0.3, warmup=1, noise
 TIMES = {"step_s", "tokens_s"}  # differ from run to run
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
-    """The small model with random weights."""
+def write_model(folder: pathlib.Path, cfg: ModelConfig = SMALL) -> pathlib.Path:
+    """The small model, or another one, with random weights."""
     build = {
-        "dit": lambda rngs: DiT(SMALL.dit, rngs=rngs),
-        "text": lambda rngs: UMT5(SMALL.text, rngs=rngs),
-        "vae": lambda rngs: VAE(SMALL.vae, rngs=rngs),
+        "dit": lambda rngs: DiT(cfg.dit, rngs=rngs),
+        "text": lambda rngs: UMT5(cfg.text, rngs=rngs),
+        "vae": lambda rngs: VAE(cfg.vae, rngs=rngs),
     }
     flat = {part: weights.flatten(streams.randomly(make)) for part, make in build.items()}
-    models.save(folder, SMALL, flat, jnp.float32)
+    models.save(folder, cfg, flat, jnp.float32)
     tiny.write(folder / "tokenizer.json")
     return folder
 

@@ -7,14 +7,15 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from longlive_jax.errors import InputError
-from longlive_jax.train.state import TrainState
+
+State = TypeVar("State")
 
 
 def told_by_us(record: logging.LogRecord) -> bool:
@@ -25,8 +26,8 @@ def told_by_us(record: logging.LogRecord) -> bool:
 class Checkpoints:
     """Checkpoints in a folder, the newest `keep` of them.
 
-    One holds the state (sharded as it is), the position in the data, the errors that recycling has
-    kept, and the config of the run.
+    One holds the state (sharded as it is), the position in the data, what else the run keeps in
+    arrays (the errors of recycling, a sequence on its way), and its config.
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 2):
@@ -41,12 +42,14 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        state: Any,
         data: dict[str, Any],
         config: dict[str, Any],
-        errors: dict[str, np.ndarray] | None = None,
+        errors: dict[str, Any] | None = None,
     ) -> None:
-        """Begins to write; training goes on meanwhile. A step that is there already is left."""
+        """Begins to write; training goes on meanwhile. A step that is there already is left. The
+        state has a `step`; `errors` are further arrays.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -62,7 +65,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 
-    def restore(self, like: TrainState, config: dict[str, Any]) -> tuple[TrainState, dict, dict]:
+    def restore(self, like: State, config: dict[str, Any]) -> tuple[State, dict, dict]:
         """The newest checkpoint: state, position in the data, errors. `like`: the shapes, and where
         each leaf goes now, which may be another mesh than it came from.
 
@@ -152,7 +155,7 @@ def _at(config: dict[str, Any], name: str) -> Any:
     return config
 
 
-def shapes(state: TrainState, places: TrainState) -> TrainState:
+def shapes(state: State, places: State) -> State:
     """Every leaf by shape and type, with the place where it is to go."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places

@@ -118,10 +118,11 @@ class Program:
         student, critic = made
         return DistillState(student.step, student.weights, student.ema, student.optimizer, critic)
 
-    def place(self, state: DistillState) -> DistillState:
+    def places(self, frozen: Frozen) -> DistillState:
         """Where every leaf of the state lies: what belongs to a weight lies where the weight
         does.
         """
+        state = jax.eval_shape(functools.partial(self.create, key=jax.random.key(0)), frozen)
         whole = NamedSharding(self.mesh, PartitionSpec())
 
         def of(path: tuple, leaf: Any) -> NamedSharding:
@@ -130,15 +131,16 @@ class Program:
 
         return jax.tree.map_with_path(of, state)
 
-    def compile(self, which: str, begins: bool, goes_on: bool) -> Callable:
-        """ "student" or "critic", for the first clip of a sequence or a later one: (state, frozen,
-        plot or sequence, key) -> state, sequence or None, losses. The state and the sequence are
-        updated in place. goes_on: whether the sequence is wanted.
+    def compile(self, which: str, frozen: Frozen, *, begins: bool, goes_on: bool) -> Callable:
+        """A step of the "student" or the "critic", on the first clip of a sequence or a later one:
+        (state, frozen, plot or sequence, key) -> state, sequence or None, losses. The state and the
+        sequence are updated in place. goes_on: whether the sequence is wanted.
         """
         step = {"student": self.student_step, "critic": self.critic_step}[which]
         run = functools.partial(step, begins=begins, goes_on=goes_on)
         donated = (0,) if begins else (0, 2)
-        return jax.jit(run, donate_argnums=donated)
+        places = self.places(frozen)
+        return jax.jit(run, donate_argnums=donated, out_shardings=(places, None, None))
 
     def student_step(
         self,
@@ -210,11 +212,14 @@ class Program:
     ) -> Made:
         """The next clip of the student, with noise on it."""
         plot = given if begins else given.plot
+        lie = jax.lax.with_sharding_constraint
+        spread = functools.partial(sequence.spread, mesh=self.mesh, how=lie)
         exits, level, noise, start = jax.random.split(key, 4)
         chunks = self.clips.first if begins else self.clips.next
         if begins:
             keys = ar.video_keys(start, 1, plot.prompt.shape[0])[0]
-            memory, at = rollout.start(self.model, keys, self.dtype), jnp.int32(0)
+            memory = spread(rollout.start(self.model, keys, self.dtype))
+            at = jnp.int32(0)
         else:
             memory, at = given.memory, given.memory.chunk[0]
         script = plot.script(at, chunks)
@@ -226,9 +231,10 @@ class Program:
             kept, latents, is_new = sequence.extend(frozen.vae, given, after, latents)
         elif goes_on:
             kept = sequence.open_(frozen.vae, self.model, plot, after, latents)
+        kept = spread(kept) if goes_on else None
         shown = self._shown(latents, is_new, plot, begins, exits[0], level, noise)
         of = plot.prompts(at + chunks - self.clips.first, self.clips.first, self.clips.newest)
-        return Made(memory, script, clip, kept if goes_on else None, shown, of)
+        return Made(memory, script, clip, kept, shown, of)
 
     def _shown(
         self,

@@ -23,14 +23,14 @@ from longlive_jax.errors import InputError
 from longlive_jax.flow import Flow
 from longlive_jax.model import Model
 from longlive_jax.quant import transformer
-from longlive_jax.train import dmd, loop, metrics, samples
+from longlive_jax.train import dmd, loop, metrics, samples, sequence
 from longlive_jax.train.checkpoint import Checkpoints, shapes
 from longlive_jax.train.distill import Clips, DistillState, Frozen, Party, Program
 from longlive_jax.train.dmd import DMDConfig
 from longlive_jax.train.learning import Learning
 from longlive_jax.train.prompts import PromptConfig, Prompts
 from longlive_jax.train.self_forcing import SelfForcing
-from longlive_jax.train.sequence import Sequence
+from longlive_jax.train.sequence import Plot, Sequence
 from longlive_jax.train.trainer import DTYPES
 
 
@@ -90,7 +90,8 @@ class Run:
         self.frozen = frozen(cfg, self.model, self.program)
         self.prompts = Prompts(self.model, cfg.prompts, mesh)
         self.sequence: Sequence | None = None
-        self._compiled = functools.cache(self.program.compile)
+        compile_ = functools.partial(self.program.compile, frozen=self.frozen)
+        self._compiled = functools.cache(compile_)
         with output.writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             self.checkpoints = Checkpoints(workdir.absolute() / "checkpoints")
@@ -129,7 +130,7 @@ class Run:
     def _begin(self) -> DistillState:
         program, key = self.program, jax.random.key(self.cfg.seed)
         make = functools.partial(program.create, key=key)
-        places = program.place(jax.eval_shape(make, self.frozen))
+        places = program.places(self.frozen)
         state = jax.jit(make, out_shardings=places)(self.frozen)
         if self.checkpoints.latest is None:
             return state
@@ -146,17 +147,9 @@ class Run:
             return None
         plot = next(self.prompts)
         self.prompts.taken -= self.cfg.prompts.batch
-        like = jax.eval_shape(self._sequence_of, plot)
-        shapes_, tree = jax.tree.flatten(like)
-        found = [_typed(kept[str(i)], x) for i, x in enumerate(shapes_)]
-        return jax.tree.unflatten(tree, found)
-
-    def _sequence_of(self, plot: Any) -> Sequence:
-        """Shapes of a sequence."""
-        program, key = self.program, jax.random.key(0)
-        state = jax.eval_shape(functools.partial(program.create, key=key), self.frozen)
-        step = functools.partial(program.critic_step, begins=True, goes_on=True)
-        return jax.eval_shape(step, state, self.frozen, plot, key)[1]
+        leaves, tree = sequence_like(self.program, self.frozen, plot)
+        found = [_typed(kept[str(i)], x) for i, x in enumerate(leaves)]
+        return sequence.spread(jax.tree.unflatten(tree, found), self.program.mesh)
 
     def _step(self, state: DistillState, step: int) -> tuple[DistillState, loop.Found]:
         """One of the student in every few, and always one of the critic, each on a clip of its
@@ -178,7 +171,7 @@ class Run:
         if given is not None and not clips.fits(int(given.memory.chunk[0])):
             given = None
         begins = given is None
-        run = self._compiled(which, begins, goes_on)
+        run = self._compiled(which, begins=begins, goes_on=goes_on)
         given = next(self.prompts) if begins else given
         state, self.sequence, numbers = run(state, self.frozen, given, key)
         return state, numbers
@@ -194,6 +187,21 @@ class Run:
         cfg, model = self.cfg, tuned(self.model, self.program.student.learning, state.ema)
         folder = self.workdir / "samples" / f"{step:06d}"
         samples.write(model, cfg.sample_prompts, cfg.sample_seconds, folder)
+
+
+def sequence_like(program: Program, frozen: Frozen, plot: Plot) -> tuple[list[Any], Any]:
+    """The leaves of a sequence by shape and type, and what they are leaves of."""
+    trees = []
+
+    def run(state: DistillState, frozen: Frozen, plot: Plot, key: jax.Array) -> list[jax.Array]:
+        made = program.critic_step(state, frozen, plot, key, begins=True, goes_on=True)[1]
+        leaves, tree = jax.tree.flatten(made)
+        trees.append(tree)
+        return leaves
+
+    key = jax.random.key(0)
+    state = jax.eval_shape(functools.partial(program.create, key=key), frozen)
+    return jax.eval_shape(run, state, frozen, plot, key), trees[0]
 
 
 def _plain(x: jax.Array) -> jax.Array:
@@ -254,7 +262,10 @@ def frozen(cfg: DistillConfig, model: Model, program: Program) -> Frozen:
     for role, kind in cfg.precision:
         if role not in dits:
             raise InputError(f"precision of {role!r}: choose {', '.join(dits)}")
-        how = Precision.of(kind)
+        try:
+            how = Precision.of(kind)
+        except ValueError as error:
+            raise InputError(f"precision of the {role}: {error}") from error
         dits[role] = jax.jit(functools.partial(transformer.quantize, how=how))(dits[role])
     place = functools.partial(_placed, mesh=program.mesh)
     vae = model.vae if program.clips.length > program.clips.first else None

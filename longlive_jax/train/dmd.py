@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def timesteps(index: Int[Array, "b n"], cfg: DMDConfig, frames: int) -> Float[Ar
     return jnp.repeat(t, lengths, axis=1, total_repeat_length=frames)
 
 
-def bounds(exit_: Int[Array, ""], told: np.ndarray, cfg: DMDConfig) -> tuple[Array, Array]:
+def bounds(exit_: Int[Array, ""], told: Sequence[float], cfg: DMDConfig) -> tuple[Array, Array]:
     """Between which numbers `timesteps` are drawn, for a clip that was left at a step. told: what
     the student's solver says to the model at each step. Places of the table, which are unshifted.
     """

@@ -109,7 +109,7 @@ class Prompts:
         prompts, *parts = zip(*rows, strict=True)
         context = np.stack([np.stack([self._said(p) for p in row]) for row in prompts])
         negative = np.broadcast_to(self._said(""), (cfg.batch, *context.shape[2:]))
-        return jax.tree.map(self._put, Plot(context, negative, *map(np.stack, parts)))
+        return Plot(*map(self._put, (context, negative, *map(np.stack, parts))))
 
     def get_state(self) -> dict[str, Any]:
         return {"taken": self.taken}

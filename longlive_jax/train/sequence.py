@@ -9,11 +9,15 @@ with a picture, as all videos of its teacher do: its first frame is encoded once
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from longlive_jax import sharding
 from longlive_jax.config import ModelConfig
 from longlive_jax.rollout import Latents, Rollout
 from longlive_jax.train.dmd import Prompts
@@ -68,6 +72,25 @@ class Sequence:
     memory: Rollout
     latents: Latents
     carry: VAECarry
+
+
+Videos = TypeVar("Videos", Rollout, Sequence)
+
+
+def spread(
+    of: Videos, mesh: Mesh, how: Callable[[Array, NamedSharding], Array] = jax.device_put
+) -> Videos:
+    """Different videos on different devices of a batch. how: `jax.lax.with_sharding_constraint`
+    inside `jax.jit`.
+    """
+
+    def put(path: tuple, x: Array) -> Array:
+        names = {getattr(key, "name", None) for key in path}
+        rows = PartitionSpec(None, sharding.BATCH)  # layers are in front of them
+        by_layer = "cache" in names and names & {"k", "v"}
+        return how(x, NamedSharding(mesh, rows if by_layer else PartitionSpec(sharding.BATCH)))
+
+    return jax.tree.map_with_path(put, of)
 
 
 def open_(vae: VAE, cfg: ModelConfig, plot: Plot, memory: Rollout, clip: Latents) -> Sequence:

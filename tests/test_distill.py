@@ -1,0 +1,246 @@
+"""Distillation and long tuning of a small model: on any mesh, stopped anywhere."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import streams
+import training
+from training import SMALL, lines, same
+
+import longlive_jax
+from longlive_jax import lora, sharding, weights
+from longlive_jax.errors import InputError
+from longlive_jax.train import distill_run
+from longlive_jax.train.distill import Clips, Party, Program
+from longlive_jax.train.distill_run import DistillConfig, Run
+from longlive_jax.train.dmd import DMDConfig
+from longlive_jax.train.learning import Learning
+from longlive_jax.train.prompts import PromptConfig, Prompts
+from longlive_jax.train.state import OptimizerConfig
+
+LONG = Clips(first=3, next=2, length=7, newest=True)
+ONE = Clips(first=3, next=3, length=3)
+OPTIMIZER = OptimizerConfig(1e-2, 4, warmup=1, b1=0.5, ema=0.5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return training.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    said = [["a red circle", "a blue square"], ["a white circle moves left", "a green triangle"]]
+    path.write_text("\n".join(map(json.dumps, said * 4)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Runs of the same program share what is compiled, in half the time."""
+    inner = Program.compile
+    made = {}
+
+    def in_haste(program, which, frozen, **choices):
+        key = program, which, *choices.items(), str(jax.tree.structure(frozen))
+        if key not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(jax, "jit", streams.jit)
+                made[key] = inner(program, which, frozen, **choices)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "compile", in_haste)
+        patch.setattr(longlive_jax, "load", functools.cache(longlive_jax.load))
+        yield
+
+
+@pytest.fixture
+def given(model, prompts):
+    def make(clips=LONG, rank=2, **changes):
+        switch = (2, 5) if clips is LONG else None
+        made = dict(
+            model=str(model),
+            prompts=PromptConfig(str(prompts), clips.length, 4, switch=switch, seed=1),
+            clips=clips,
+            judge=DMDConfig(1, shift=3.0, real_guidance=1.0),
+            student=Party(Learning(rank), OPTIMIZER),
+            fake=Party(Learning(rank), OPTIMIZER),
+            stream=SMALL.stream,
+            steps=2,
+            every=2,
+            seed=5,
+            log_every=1,
+            save_every=2,
+        )
+        return DistillConfig(**made | changes)
+
+    return make
+
+
+def until(run, step, monkeypatch):
+    """Trains, and tells the process to end in the middle of the step that comes to `step`."""
+    inner = run._step
+
+    def told(state, number):
+        if number == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(state, number)
+
+    monkeypatch.setattr(run, "_step", told)
+    return run.train()
+
+
+def values(workdir):
+    return [{k: v for k, v in line.items() if k != "step"} for line in lines(workdir)]
+
+
+@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "all weights"])
+@pytest.mark.parametrize("clips", [LONG, ONE], ids=["long", "one clip"])
+def test_four_devices_are_one(tmp_path, given, clips, rank):
+    """Losses, norms, and all that was learned; weights move by up to 1e-2 a step."""
+    alone = Run(given(clips, rank), tmp_path / "alone").train()
+    run = Run(given(clips, rank, data=2, fsdp=2), tmp_path / "four")
+    state = run.train()
+    for one, other in zip(values(tmp_path / "four"), values(tmp_path / "alone"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    same(state, alone, rtol=1e-3, atol=2e-4)
+    assert any(not x.sharding.is_fully_replicated for x in state.weights.values())
+    if clips is LONG:
+        assert not run.sequence.memory.cache.k.sharding.is_fully_replicated
+
+
+def test_both_learn(tmp_path, given):
+    """B of the student's LoRA begins at zero; after a step no layer's is, nor is the critic's."""
+    run = Run(given(ONE), tmp_path)
+    state = run.train()
+    for learned in (state.weights, state.critic.weights):
+        of_b = {name: x for name, x in learned.items() if name.endswith("lora_b")}
+        assert len(of_b) == 10
+        for name, x in of_b.items():
+            assert np.abs(x).max() > 0, name
+
+
+def test_a_run_goes_on_in_the_middle_of_a_sequence_bit_for_bit(tmp_path, given, monkeypatch):
+    """A sequence has three clips, and a step takes one or two of them."""
+    made = given()
+    expected = Run(made, tmp_path / "whole").train()
+    stopped = Run(made, tmp_path / "parts")
+    until(stopped, 3, monkeypatch)
+    assert int(stopped.sequence.memory.chunk[0]) == 5  # of 7
+    resumed = Run(made, tmp_path / "parts")
+    assert resumed.checkpoints.latest == 3
+    same(resumed.train(), expected)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_what_is_written_is_a_lora_of_the_model(tmp_path, given, model):
+    """It is read by `load`, and makes of the model what the run had."""
+    run = Run(given(ONE), tmp_path)
+    state = run.train()
+    run.finish(state)
+    tuned = longlive_jax.load(str(model), lora=str(tmp_path / "lora.safetensors"))
+    ours = distill_run.tuned(run.model, run.program.student.learning, state.ema)
+    same(
+        weights.flatten(lora.merge(tuned.dit, lora.read(tmp_path / "lora.safetensors"))),
+        weights.flatten(lora.merge(ours.dit, run.program.student.learning.adapter(state.ema))),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
+    """A step of a sequence of a minute takes what one of ten seconds takes: 960 and 160 frames."""
+
+    def size(length):
+        clips = Clips(first=3, next=2, length=length, newest=True)
+        made = given(clips)
+        made = dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, chunks=length))
+        run = Run(made, tmp_path / str(length))
+        leaves, tree = distill_run.sequence_like(run.program, run.frozen, next(run.prompts))
+        make = functools.partial(run.program.create, key=jax.random.key(0))
+        state = jax.eval_shape(make, run.frozen)
+
+        @functools.partial(streams.jit, donate_argnums=(0, 1))
+        def step(state, leaves, frozen, key):
+            given = jax.tree.unflatten(tree, leaves)
+            choices = dict(begins=False, goes_on=True)
+            made = run.program.student_step(state, frozen, given, key, **choices)
+            return made[0], jax.tree.leaves(made[1])
+
+        lowered = step.lower(state, leaves, run.frozen, jax.random.key(0))
+        memory = lowered.compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+
+    assert size(240) <= 1.1 * size(40)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(judge=DMDConfig(2)), "judged in chunks of 2, and made in chunks of 1"),
+        (dict(precision=(("teacher", "fp4"),)), "precision of the teacher: blocks.* in 'fp4'"),
+        (dict(precision=(("judge", "int8"),)), "precision of 'judge': choose student, "),
+        (dict(dtype="float16"), "dtype 'float16': choose one of"),
+    ],
+)
+def test_bad_configs_are_refused(tmp_path, given, changes, message):
+    with pytest.raises(InputError, match=message):
+        Run(given(ONE, **changes), tmp_path)
+
+
+def test_a_teacher_of_other_latents_is_refused(tmp_path, given):
+    other = dataclasses.replace(SMALL, dit=dataclasses.replace(SMALL.dit, channels=8))
+    other = dataclasses.replace(other, vae=dataclasses.replace(SMALL.vae, latent_channels=8))
+    folder = training.write_model(tmp_path / "teacher", other)
+    with pytest.raises(InputError, match="the teacher has 8 latent channels, the student 4"):
+        Run(given(ONE, teacher=str(folder)), tmp_path / "run")
+
+
+def test_a_lora_of_another_base_is_refused(tmp_path, given, model):
+    run = Run(given(ONE), tmp_path)
+    run.finish(run.train())
+    with pytest.raises(InputError, match="the LoRA is of another model"):
+        longlive_jax.load("tiny", lora=str(tmp_path / "lora.safetensors"))
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def test_sequences_have_shots_or_a_switch(model, prompts):
+    loaded, mesh = longlive_jax.load(str(model)), sharding.make_mesh()
+    shots = next(Prompts(loaded, PromptConfig(str(prompts), 4, 2, shot=2), mesh))
+    np.testing.assert_array_equal(shots.prompt, [[0, 0, 1, 1]] * 2)
+    np.testing.assert_array_equal(shots.cut, [[False, False, True, False]] * 2)
+    assert not shots.switch.any()
+    made = Prompts(loaded, PromptConfig(str(prompts), 7, 2, switch=(2, 5)), mesh)
+    at = [int(np.argmax(row)) for _ in range(8) for row in next(made).switch]
+    assert {2, 5} <= {*at} <= {2, 3, 4, 5}
+    state = made.get_state()
+    following = next(made)
+    made.set_state(state)
+    same(jax.tree.leaves(next(made)), jax.tree.leaves(following))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "has no prompts"),
+        ('["a",', "line 1: "),
+        ("[3]", "line 1 is no list of prompts"),
+        ('a\n["b", "c"]', "line 1 has no prompt to switch to"),
+    ],
+)
+def test_bad_prompts_are_refused(tmp_path, model, text, message):
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    loaded, mesh = longlive_jax.load(str(model)), sharding.make_mesh()
+    with pytest.raises(InputError, match=message):
+        Prompts(loaded, PromptConfig(str(path), 7, 1, switch=(2, 5)), mesh)
