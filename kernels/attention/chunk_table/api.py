@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from longlive_kernels.attention.chunk_table import reference, xla
+from longlive_kernels.attention.chunk_table import mosaic, reference, xla
 from longlive_kernels.attention.chunk_table.table import Rows, Table
 
-# The best first.
-BACKENDS = {"xla": xla, "reference": reference}
+# The best first, and last what has not run on a device.
+BACKENDS = {"xla": xla, "reference": reference, "mosaic": mosaic}
 
 
 def chunk_table(

@@ -21,9 +21,12 @@ Sums = Float[Array, "b n a"]
 
 
 def differentiable(
-    forward: Callable[[Heads, Keys, Keys, Table], tuple[Heads, Sums]],
+    forward: Callable[[Heads, Keys, Keys, Table], tuple[Heads, Array]],
+    backward: Callable[..., tuple[Heads, Keys, Keys]],
 ) -> Callable[[Heads, Keys, Keys, Table], Heads]:
-    """The output of `forward`, with a gradient. It gives its rows' logarithms of sums too."""
+    """The output of `forward`, with a gradient. It gives its rows' logarithms of sums too, as its
+    `backward` takes them.
+    """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
     def attend(q, k, v, table):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from longlive_kernels.attention.chunk_table import tiles
 from longlive_kernels.attention.chunk_table.table import Table
-from longlive_kernels.attention.chunk_table.vjp import differentiable
+from longlive_kernels.attention.chunk_table.vjp import backward, differentiable
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -53,4 +53,4 @@ def forward(
     return plan.query.unpack(out.astype(dtype)), plan.query.unpack(highest + jnp.log(total))
 
 
-attend = differentiable(forward)
+attend = differentiable(forward, backward)

@@ -1,0 +1,107 @@
+"""Attention and its gradient for Hopper (sm_90), in Pallas for Mosaic GPU.
+
+Three kernels: mosaic_forward.py, mosaic_queries.py (the gradient of q) and mosaic_keys.py (those of
+k and v). Each reads the tiles of mosaic_lists.py and no other. A tile lies where its run begins, or
+a multiple of its size behind that; the last of a run that is no multiple of it is read with what
+follows, whose weights are zero, and which must be finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float32
+from longlive_kernels.attention.chunk_table import mosaic_lists, tiles
+from longlive_kernels.attention.chunk_table.table import Table
+from longlive_kernels.attention.chunk_table.vjp import differentiable
+from longlive_kernels.nvfp4 import arch
+
+ARCH = 90
+GROUPS = 2  # warpgroups that multiply
+ROWS = 64  # of a tile, that one of them has
+TILE = GROUPS * ROWS  # tokens of a tile that a block works at
+WIDTHS = (64, 128)
+SLAB = 8  # rows that are stored at a time where a tile is not whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """tile: tokens of the tiles that are loaded one after the other. stages: of them that are
+    loaded ahead. registers: of a thread that loads, and of one that multiplies.
+    """
+
+    tile: int
+    stages: int
+    registers: tuple[int, int]
+
+
+FORWARD = Blocks(tile=128, stages=2, registers=(40, 232))
+QUERIES = Blocks(tile=128, stages=2, registers=(24, 240))
+KEYS = Blocks(tile=64, stages=4, registers=(24, 240))
+
+Heads = BFloat16[Array, "b n a d"]
+Keys = BFloat16[Array, "b m a d"]
+Sums = Float32[Array, "b a p"]
+
+
+def unsupported(q: Array, k: Array, v: Array, table: Table, *, sm: int | None = None) -> str | None:
+    """Why a call cannot run here; None if it can. sm: the architecture; None: the default's."""
+    sm = arch.default() if sm is None else sm
+    if sm is None:
+        return "needs an NVIDIA GPU"
+    if sm != ARCH:
+        return f"is for Hopper (sm_{ARCH}), not sm_{sm}"
+    kinds = sorted({x.dtype.name for x in (q, k, v)})
+    if kinds != ["bfloat16"]:
+        return f"takes q, k and v in bfloat16, not {', '.join(kinds)}"
+    if q.shape[-1] not in WIDTHS:
+        return f"needs heads {' or '.join(map(str, WIDTHS))} wide, not {q.shape[-1]}"
+    tokens = _tokens(q, k, table)
+    if any(count % SLAB for count in tokens):
+        return f"needs latent frames of a multiple of {SLAB} tokens, not {max(tokens)}"
+    return None
+
+
+def forward(q: Heads, k: Keys, v: Keys, table: Table) -> tuple[Heads, Sums]:
+    """The output, and of every query in its place (`mosaic_lists.places`) the logarithm to the base
+    of 2 of its sum of exponentials. That is inf where there is no query, and where a query sees no
+    key: weights that are made again from it are zero.
+    """
+    from longlive_kernels.attention.chunk_table.mosaic_forward import attended
+
+    lists = mosaic_lists.over_keys(table, _tokens(q, k, table), TILE, FORWARD.tile)
+    out, sums = tiles.alike(*attended(q, k, v, lists), q)[:2]
+    if lists.ragged[0]:
+        empty = mosaic_lists.places(table, _tokens(q, k, table)[0]) == q.shape[1]
+        sums = jnp.where(jnp.asarray(empty), jnp.float32(jnp.inf), sums)
+    return out, sums
+
+
+def backward(
+    table: Table, saved: tuple[Heads, Keys, Keys, Heads, Sums], grad: Heads
+) -> tuple[Heads, Keys, Keys]:
+    """Of q, k and v. Sums in float32."""
+    from longlive_kernels.attention.chunk_table.mosaic_keys import of_keys
+    from longlive_kernels.attention.chunk_table.mosaic_queries import of_queries
+
+    q, k, v, out, sums = saved
+    tokens = _tokens(q, k, table)
+    # What is subtracted from the gradient of a row's weights, for the softmax.
+    mean = jnp.einsum("bnad,bnad->ban", grad, out, preferred_element_type=jnp.float32)
+    lists = mosaic_lists.over_keys(table, tokens, TILE, QUERIES.tile)
+    if lists.ragged[0]:
+        order = mosaic_lists.places(table, tokens[0])
+        mean = jnp.take(mean, jnp.asarray(order), axis=2, mode="fill", fill_value=0)
+    operands = (q, k, v, grad, sums, mean)
+    dq = of_queries(*operands, lists)
+    dk, dv = of_keys(*operands, mosaic_lists.over_queries(table, tokens, KEYS.tile, TILE))
+    return tuple(tiles.alike(dq, dk, dv, q)[:3])
+
+
+def _tokens(q: Array, k: Array, table: Table) -> tuple[int, int]:
+    """Of a frame of queries, and of one of keys."""
+    return q.shape[1] // table.shape[0], k.shape[1] // table.shape[1]
+
+
+attend = differentiable(forward, backward)

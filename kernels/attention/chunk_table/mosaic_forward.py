@@ -1,0 +1,148 @@
+"""The kernel of `mosaic.forward`: an online softmax (arXiv 2205.14135, algorithm 1).
+
+The two warpgroups that multiply take turns: one multiplies while the other has its softmax
+(arXiv 2407.08608, section 3.1).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float32
+from longlive_kernels.attention.chunk_table import mosaic_block as block
+from longlive_kernels.attention.chunk_table.mosaic import FORWARD, GROUPS, ROWS
+from longlive_kernels.attention.chunk_table.mosaic_lists import PLACES, Lists
+
+
+def attended(
+    q: BFloat16[Array, "b n a d"],
+    k: BFloat16[Array, "b m a d"],
+    v: BFloat16[Array, "b m a d"],
+    lists: Lists,
+) -> tuple[BFloat16[Array, "b n a d"], Float32[Array, "b a p"]]:
+    """The output, and logarithms to the base of 2 of sums of exponentials, which say nothing in
+    places without a query.
+    """
+    b, _, a, d = q.shape
+    tiles = len(lists.outer)
+    return plgpu.kernel(
+        functools.partial(_kernel, ragged=lists.ragged),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct((b, a, tiles * PLACES), jnp.float32),
+        ),
+        grid=(b * a * tiles,),
+        grid_names=("tile",),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        kernel_name="chunk_table_forward",
+        scratch_types=_scratch(d),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, *(jnp.asarray(x) for x in lists.arrays))
+
+
+def _scratch(width: int) -> dict:
+    return dict(
+        q_tile=block.swizzled(GROUPS, ROWS, width),
+        sums_tile=plgpu.SMEM((GROUPS, ROWS), jnp.float32),
+        q_loaded=plgpu.Barrier(num_arrivals=GROUPS),
+        turns=plgpu.Barrier(num_arrivals=GROUPS),
+        k_tile=block.swizzled(FORWARD.stages, FORWARD.tile, width),
+        v_tile=block.swizzled(FORWARD.stages, FORWARD.tile, width),
+        **block.barriers("k", FORWARD.stages),
+        **block.barriers("v", FORWARD.stages),
+    )
+
+
+def _kernel(*refs, ragged, **scratch):
+    q, k, v, outer, *listed, out, sums = refs
+    own = types.SimpleNamespace(**scratch)
+    group = lax.axis_index("group")
+    work = block.Work.of(outer, q.shape[2])
+
+    @pl.when(group == GROUPS)
+    def _():
+        plgpu.set_max_registers(FORWARD.registers[0], action="decrease")
+        for each in range(GROUPS):
+            rows = work.tokens(q, work.start + each * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(rows, own.q_tile.at[each], own.q_loaded)
+        block.stream(
+            work,
+            listed,
+            block.Stream.of(own, "k", lambda start, _: work.tokens(k, start, FORWARD.tile)),
+            block.Stream.of(own, "v", lambda start, _: work.tokens(v, start, FORWARD.tile)),
+        )
+
+    @pl.when(group < GROUPS)
+    def _():
+        plgpu.set_max_registers(FORWARD.registers[1], action="increase")
+        plgpu.barrier_wait(own.q_loaded)
+        total, logarithms = _attend(own, work, group, listed, ragged[1])
+        own.q_tile.at[group][...] = total.astype(jnp.bfloat16)
+        own.sums_tile.at[group][...] = logarithms
+        plgpu.commit_smem()
+        block.store(own.q_tile.at[group], out, work, ragged[0])
+        place = work.places(sums, work.place + group * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(own.sums_tile.at[group], place)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _attend(own, work: block.Work, group: Array, listed: list, ragged: bool):
+    """The output, [ROWS d], and the logarithms, [ROWS]."""
+    width = own.q_tile.shape[-1]
+    shape = (ROWS, FORWARD.tile)
+    scale = block.LOG2E / math.sqrt(width)
+
+    def turn():
+        plgpu.barrier_arrive(own.turns)
+        plgpu.barrier_wait(own.turns)
+
+    def products(slot, scores):
+        keys = plgpu.transpose_ref(own.k_tile.at[slot], (1, 0))
+        plgpu.wgmma(scores, own.q_tile.at[group], keys)
+        turn()
+        return scores[...]
+
+    def step(at, state, *, whole: bool):
+        out, top, total = state
+        slot = lax.rem(at, jnp.int32(FORWARD.stages))
+        plgpu.barrier_wait(own.k_loaded.at[slot])
+        accumulator = plgpu.ACC(shape, jnp.float32)
+        scores = pl.run_scoped(functools.partial(products, slot), accumulator)
+        plgpu.barrier_arrive(own.k_consumed.at[slot])
+        if not whole:
+            scores = block.masked(scores, block.filled(listed, work.first + at))
+        # Finite: a tile has a key that its queries see.
+        highest = jnp.maximum(top, scores.max(1) * scale)
+        fade = jnp.exp2(top - highest)
+        weights = jnp.exp2(scores * scale - block.across(highest, shape))
+        total = total * fade + weights.sum(1)
+        out = out * block.across(fade, out.shape)
+        weights = weights.astype(jnp.bfloat16)
+        # All of it before the turn, which the compiler would not know.
+        out, highest, total, weights = lax.optimization_barrier((out, highest, total, weights))
+        plgpu.barrier_wait(own.v_loaded.at[slot])
+        turn()
+        out = block.added(out, weights, own.v_tile.at[slot])
+        plgpu.barrier_arrive(own.v_consumed.at[slot])
+        return out, highest, total
+
+    state = (block.zeros(ROWS, width), block.zeros(ROWS) - jnp.inf, block.zeros(ROWS))
+    pl.when(group == 1)(turn)  # is half a step behind
+    state = lax.fori_loop(0, work.whole, functools.partial(step, whole=True), state)
+    if ragged:
+        step = functools.partial(step, whole=False)
+        state = lax.fori_loop(work.whole, work.total, step, state)
+    pl.when(group == 0)(turn)
+    out, top, total = state
+    seen = total > 0
+    share = jnp.where(seen, 1.0 / total, 0.0)
+    logarithms = jnp.where(seen, top + jnp.log(total) * block.LOG2E, jnp.inf)
+    return out * block.across(share, out.shape), logarithms

@@ -1,0 +1,65 @@
+"""Training attention of Mosaic compiled for an H100 that is not there: what the programs are made
+of. Needs the [aot] extra.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from chunk_table_program import CALLS
+
+pytestmark = pytest.mark.aot
+
+PROGRAM = pathlib.Path(__file__).with_name("chunk_table_program.py")
+SPILLS = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+LAUNCH = re.compile(r"mosaic_gpu_launch_kernel\(ptr %\d+, (?:i32 \d+, ){9}i32 (\d+), ptr")
+KERNELS = ["forward", "keys", "queries"]
+
+
+def compiled(gpu: str, *args: str) -> tuple[int, str]:
+    """The exit status, and PTX, what ptxas says of it, and how kernels are launched."""
+    pytest.importorskip(
+        "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
+    )
+    dumps = {f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTX", "PTXAS", "HOST_LLVM")}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, gpu, *args],
+        env=os.environ | dumps,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("5b_96_frames_4_ranks", "1"),
+        ("5b_192_frames_4_ranks", "4"),  # in `jax.shard_map`
+        ("1.3b_16s", "1"),
+        ("1.3b_window", "1"),
+    ],
+)
+def test_training_attention_compiles_for_hopper(name, ranks):
+    status, text = compiled("h100", name, ranks)
+    assert status == 0
+    names = re.findall(r"Compiling entry function 'chunk_table_(\w+)_mosaic_gpu_kernel'", text)
+    assert sorted(names) == KERNELS
+    assert text.count(SPILLS) == len(KERNELS)
+    for registers in re.findall(r"Used (\d+) registers", text):
+        assert int(registers) <= 168  # what 384 threads may have
+    assert "wgmma.mma_async instructions are serialized" not in text
+    for columns in (64, 128):
+        assert f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16" in text
+    memory = [int(size) for size in LAUNCH.findall(text)]
+    assert len(memory) == len(KERNELS) and max(memory) <= 227 * 1024
+    # Beside results, two numbers of every query, and some in places that are left empty.
+    (temporary,) = re.findall(r"^temporary (\d+)$", text, re.MULTILINE)
+    shape = CALLS[name]
+    numbers = 4 * shape.batch * shape.heads * shape.queries[1]
+    assert 2 * numbers <= int(temporary) < 2.1 * numbers

@@ -1,0 +1,347 @@
+"""The kernels for Hopper on the CPU: their lists, what they refuse, and in a simulator beside the
+reference.
+"""
+
+import contextlib
+import functools
+import threading
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.core import eval_jaxpr
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, PartitionSpec
+from longlive_kernels.attention.chunk_table import (
+    Table,
+    api,
+    chunk_table,
+    mosaic,
+    mosaic_lists,
+    shapes,
+)
+from longlive_kernels.nvfp4 import arch
+
+PROGRAMS = {}
+COMPILING = threading.Lock()
+
+
+def run_jaxpr(jaxpr, consts, *args):
+    """The simulator's own compiles a kernel anew for every warpgroup of every block."""
+    with COMPILING:
+        if jaxpr not in PROGRAMS:
+            run = jax.jit(lambda consts, *args: eval_jaxpr(jaxpr, consts, *args))
+            PROGRAMS[jaxpr] = run.lower(consts, *args).compile()
+    PROGRAMS[jaxpr](consts, *args)
+
+
+class Total:
+    """Stands in for an accumulator."""
+
+    def __init__(self, value):
+        self.value, self.shape = value, value.shape
+
+    def __getitem__(self, index):
+        return self.value
+
+
+def multiply(total: Total, left, right):
+    left, right = (x if isinstance(x, jax.Array) else x[...] for x in (left, right))
+    total.value += left.astype(jnp.float32) @ right.astype(jnp.float32)
+
+
+def run_scoped(body, accumulator):
+    return body(Total(jnp.zeros(accumulator.shape, accumulator.dtype)))
+
+
+def run_state(body):
+    def run(accumulator):
+        total = Total(accumulator._init)
+        body(total)
+        return total.value
+
+    return run
+
+
+class Transposed:
+    def __init__(self, ref, axes):
+        self.ref, self.axes = ref, axes
+
+    def __getitem__(self, index):
+        return self.ref[...].transpose(self.axes)
+
+
+@contextlib.contextmanager
+def simulated():
+    """Mosaic's simulator has barriers, copies and memories, and looks for races. It has no layouts,
+    no transposed references, and no accumulators that begin with a value: products are plain ones
+    here. What lies beyond the end of an array is read as zeros, as it is on a GPU.
+    """
+    from jax._src.pallas.mosaic.interpret import thread_map
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
+
+    clean = gpu_callbacks._clean_up_shared_memory
+
+    def clean_up(token):
+        assert not gpu_callbacks.get_races().races_found
+        return clean(token)
+
+    stand_ins = {
+        (thread_map, "_run_jaxpr"): run_jaxpr,
+        (gpu_callbacks, "_clean_up_shared_memory"): clean_up,
+        (pl, "run_scoped"): run_scoped,
+        (pl, "run_state"): run_state,
+        (plgpu, "wgmma"): multiply,
+        (plgpu, "load"): lambda ref, index, **_: ref[...],
+        (plgpu, "layout_cast"): lambda x, layout: x,
+        (plgpu, "transpose_ref"): Transposed,
+        (plgpu, "broadcasted_iota"): lambda dtype, shape, axis, **_: lax.broadcasted_iota(
+            dtype, shape, axis
+        ),
+    }
+    how = params.InterpretGPUParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    with contextlib.ExitStack() as stack:
+        for (module, name), stand_in in stand_ins.items():
+            stack.enter_context(mock.patch.object(module, name, stand_in))
+        stack.enter_context(params.force_gpu_interpret_mode(how))
+        yield
+
+
+def sized(table: np.ndarray, tokens: int, **other) -> shapes.Shape:
+    model = dict(heads=1, width=64, rows=1, columns=tokens) | other
+    return shapes.Shape(Table.of(table), **model)
+
+
+# Frames have so many tokens that runs are whole tiles (as those of 5B), one and a third (as those
+# of 1.3B have a ragged end), or less than one.
+SIMULATED = {
+    "5b_2_ranks": sized(shapes.teacher_forcing(shapes.chunks(16, 8), ranks=2), 32),
+    "1.3b": sized(shapes.teacher_forcing(shapes.chunks(6, 3)), 56, width=128),
+    "window_of_images": sized(shapes.windowed(shapes.chunks(7, 3, first=1), 4, 1), 56),
+    "fewer_queries": sized(shapes.causal(shapes.chunks(4, 2))[2:], 72, heads=2, batch=2),
+    "no_keys": sized(shapes.causal(shapes.chunks(6, 1)) & (np.arange(6) > 1), 24),
+}
+
+
+def qkv(shape: shapes.Shape, dtype=jnp.bfloat16):
+    kinds = (shape.queries, shape.keys, shape.keys)
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, kind, dtype) for key, kind in zip(keys, kinds, strict=True)]
+
+
+def gradients(attention):
+    """The output, and gradients of q, k and v of a loss that weighs every output differently."""
+
+    def both(*args):
+        out, pull = jax.vjp(attention, *args)
+        weight = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return out, *pull(weight.astype(out.dtype))
+
+    return both
+
+
+@functools.cache
+def ours(name: str):
+    shape = SIMULATED[name]
+    with simulated():
+        run = jax.jit(gradients(functools.partial(mosaic.attend, table=shape.table)))
+        return jax.block_until_ready(run(*qkv(shape)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIMULATED)
+def test_it_means_what_the_reference_means(name):
+    """bfloat16 has 8 bits: the output is off by its own rounding and that of the weights, 2^-8
+    each; gradients by two more roundings.
+    """
+    shape = SIMULATED[name]
+    reference = functools.partial(chunk_table, table=shape.table, implementation="reference")
+    theirs = jax.jit(gradients(reference))(*(x.astype(jnp.float32) for x in qkv(shape)))
+    for mine, its, tolerance in zip(ours(name), theirs, (2**-7, *3 * [2**-6]), strict=True):
+        assert mine.dtype == jnp.bfloat16
+        mine, its = np.asarray(mine, np.float32), np.asarray(its)
+        assert np.isfinite(mine).all()
+        assert np.abs(mine - its).max() <= tolerance * np.abs(its).max()
+
+
+@pytest.mark.slow
+def test_runs_repeat_to_the_bit():
+    name = "fewer_queries"
+    for mine, again in zip(ours(name), ours.__wrapped__(name), strict=True):
+        np.testing.assert_array_equal(np.asarray(mine, np.float32), np.asarray(again, np.float32))
+
+
+@pytest.mark.slow
+def test_rows_without_a_key_are_zero():
+    shape = SIMULATED["no_keys"]
+    empty = np.repeat(~shape.table.array.any(1), shape.tokens)
+    assert empty.any() and not empty.all()
+    for x in ours("no_keys")[:2]:  # the output, and the gradient of q
+        assert not x[:, empty].any() and x[:, ~empty].any()
+
+
+@pytest.mark.slow
+def test_hidden_tiles_are_not_read():
+    """The first noisy frames see themselves alone. All other keys are NaN."""
+    shape = SIMULATED["5b_2_ranks"]
+    table = shape.table.array
+    noisy = np.flatnonzero(table.sum(1) == 8)[8:16]
+    seen = np.repeat(table[noisy[0]], shape.tokens)
+    rows = np.repeat(np.isin(np.arange(len(table)), noisy), shape.tokens)
+    assert (seen == rows).all() and seen.sum() == 256
+    q, k, v = qkv(shape)
+    poison = jnp.asarray(np.where(seen, 0, np.nan)[None, :, None, None], jnp.bfloat16)
+    with simulated():
+        run = jax.jit(lambda *x: mosaic.forward(*x, shape.table)[0])
+        out = jax.block_until_ready(run(q, k + poison, v + poison))
+    whole = ours("5b_2_ranks")[0]
+    out, whole = (np.asarray(x, np.float32) for x in (out, whole))
+    np.testing.assert_array_equal(out[:, rows], whole[:, rows])
+    assert np.isnan(out[:, ~rows]).any()
+
+
+LISTED = SIMULATED | {
+    "ranks_share_a_chunk": sized(shapes.teacher_forcing(shapes.chunks(8, 4), ranks=4), 16),
+    "checkers": sized(np.indices((3, 5)).sum(0) % 2 == 1, 136),
+    "all_hidden": sized(np.zeros((2, 3), bool), 72),
+}
+BOTH = {
+    "queries": (mosaic_lists.over_keys, (mosaic.TILE, mosaic.QUERIES.tile)),
+    "keys": (mosaic_lists.over_queries, (mosaic.KEYS.tile, mosaic.TILE)),
+}
+LONG = {
+    f"{frames} {'in one order' if ranks == 1 else f'on {ranks} ranks'}": (frames, ranks)
+    for frames in (96, 192, 384)
+    for ranks in (1, 4)
+}
+
+
+def lists_of(shape: shapes.Shape, kind: str) -> tuple[mosaic_lists.Lists, np.ndarray]:
+    """And the table, its rows those of the tiles that have lists."""
+    make, sizes = BOTH[kind]
+    table = shape.table.array if kind == "queries" else shape.table.array.T
+    return make(shape.table, (shape.tokens,) * 2, *sizes), table
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("name", LISTED)
+def test_every_visible_pair_of_tokens_is_visited_once(name, kind):
+    shape = LISTED[name]
+    lists, table = lists_of(shape, kind)
+    count = np.zeros([frames * shape.tokens for frames in table.shape], int)
+    for tile, (start, size, _, _, whole, total) in enumerate(lists.outer):
+        visited = lists.visited(tile)
+        assert len(visited) == total
+        sizes = lists.inner[visited, 2]
+        assert (sizes[:whole] == lists.inner[:, 2].max()).all()
+        for first, _, filled in lists.inner[visited]:
+            count[start : start + size, first : first + filled] += 1
+    np.testing.assert_array_equal(
+        count, np.repeat(np.repeat(table, shape.tokens, 0), shape.tokens, 1)
+    )
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("name", LONG)
+def test_teacher_forcing_visits_the_tiles_of_the_table_and_no_other(name, kind):
+    frames, ranks = LONG[name]
+    rows = shapes.teacher_forcing(shapes.chunks(frames, 8), ranks=ranks)
+    shape = sized(rows, shapes.SHAPES["5b_16s"].tokens)
+    lists, table = lists_of(shape, kind)
+    assert lists.ragged == (False, False)
+    _, sizes = BOTH[kind]
+    # Tiles lie within chunks, which they divide.
+    per_chunk = [8 * shape.tokens // size for size in sizes]
+    expected = len(shape.table.tiles) * per_chunk[0] * per_chunk[1]
+    assert expected == shape.table.array.sum() * shape.tokens**2 // (sizes[0] * sizes[1])
+    assert lists.outer[:, 5].sum() == expected
+    # Every tile of one side has a list, no list has a tile twice, all of them are visible.
+    size = sizes[0] if kind == "queries" else sizes[1]
+    np.testing.assert_array_equal(
+        np.sort(lists.outer[:, 0]), np.arange(0, 2 * frames * shape.tokens, size)
+    )
+    for tile in np.unique(lists.outer[:, 3], return_index=True)[1].tolist():
+        visited = lists.visited(tile)
+        assert len(np.unique(visited)) == len(visited)
+        sharing = lists.outer[lists.outer[:, 3] == lists.outer[tile, 3], 0] // shape.tokens
+        assert table[np.ix_(sharing, lists.inner[visited, 0] // shape.tokens)].all()
+    # Long lists first: the last blocks that run are short ones.
+    assert (np.diff(lists.outer[:, 5]) <= 0).all()
+    assert len(lists.entries) < 300_000
+
+
+def test_places_are_those_of_the_tiles():
+    """Where a run is no multiple of them, places are left empty."""
+    for name in ("1.3b", "5b_2_ranks"):
+        shape = SIMULATED[name]
+        places = mosaic_lists.places(shape.table, shape.tokens)
+        n = shape.queries[1]
+        np.testing.assert_array_equal(np.sort(places[places < n]), np.arange(n))
+        for kind in BOTH:
+            lists, _ = lists_of(shape, kind)
+            tiles = lists.outer[:, [0, 2, 1]] if kind == "queries" else lists.inner
+            for start, place, count in tiles:
+                expected = np.arange(start, start + count)
+                np.testing.assert_array_equal(places[place : place + count], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "sm", "reason"),
+    [
+        ((1, 16, 1, 128), jnp.bfloat16, 90, None),
+        ((1, 16, 1, 64), jnp.bfloat16, 90, None),
+        ((1, 16, 1, 128), jnp.bfloat16, None, "needs an NVIDIA GPU"),
+        ((1, 16, 1, 128), jnp.bfloat16, 100, "is for Hopper (sm_90), not sm_100"),
+        ((1, 16, 1, 128), jnp.float32, 90, "in bfloat16, not float32"),
+        ((1, 16, 1, 32), jnp.bfloat16, 90, "needs heads 64 or 128 wide, not 32"),
+        ((1, 30, 1, 128), jnp.bfloat16, 90, "of a multiple of 8 tokens, not 15"),
+    ],
+)
+def test_it_says_what_it_lacks(shape, dtype, sm, reason):
+    x = jnp.zeros(shape, dtype)
+    found = mosaic.unsupported(x, x, x, Table.of(np.ones((2, 2), bool)), sm=sm)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("sm", [None, 90])
+def test_it_is_never_the_default(monkeypatch, sm):
+    monkeypatch.setattr(arch, "default", lambda: sm)
+    x, table = jnp.zeros((1, 16, 1, 128), jnp.bfloat16), Table.of(np.ones((2, 2), bool))
+    assert api._backend(None, x, x, x, table) is api.BACKENDS["xla"]
+    if sm is None:
+        with pytest.raises(NotImplementedError, match="mosaic needs an NVIDIA GPU"):
+            chunk_table(x, x, x, table, implementation="mosaic")
+    else:
+        assert api._backend("mosaic", x, x, x, table) is mosaic
+
+
+def test_it_goes_through_every_transformation(monkeypatch):
+    """As far as types: what is made of it runs on a GPU alone."""
+    monkeypatch.setattr(arch, "default", lambda: 90)
+    shape = SIMULATED["fewer_queries"]
+    attention = functools.partial(chunk_table, table=shape.table, implementation="mosaic")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    heads, batch, whole = PartitionSpec(None, None, "x"), PartitionSpec("x"), PartitionSpec()
+    args = jax.eval_shape(lambda: qkv(shape))
+    shared = [args[0], *(x.update(shape=(1, *x.shape[1:])) for x in args[1:])]
+    shard = functools.partial(jax.shard_map, mesh=mesh)
+    ways = {
+        "plain": (attention, args),
+        "checkpoint": (jax.checkpoint(attention), args),
+        "vmap": (lambda *x: jax.vmap(attention)(*(y[None] for y in x))[0], args),
+        "shard_map": (shard(attention, in_specs=heads, out_specs=heads), args),
+        "shared keys": (
+            shard(attention, in_specs=(batch, whole, whole), out_specs=batch),
+            shared,
+        ),
+    }
+    for function, operands in ways.values():
+        made = jax.eval_shape(gradients(function), *operands)
+        expected = [operands[0], *operands]
+        assert [(x.shape, x.dtype) for x in made] == [(x.shape, x.dtype) for x in expected]
