@@ -101,7 +101,7 @@ def open_(vae: VAE, cfg: ModelConfig, plot: Plot, memory: Rollout, clip: Latents
 
 
 def extend(
-    vae: VAE, sequence: Sequence, memory: Rollout, new: Latents
+    vae: VAE, sequence: Sequence, memory: Rollout, new: Float[Array, "b n h w c"]
 ) -> tuple[Sequence, Latents, Float[Array, "b f"]]:
     """The sequence after one more clip, and what is judged: as many frames as before, the new ones
     last, the first one encoded again as a picture; and which of them are new.
