@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,7 +92,27 @@ def make(kernel: Float[Array, "*layers in out"], kind: str, how: Precision) -> K
     return FourBit(q.packed, q.scales, q.amax, q.rule, how.weights_only)
 
 
+def _straight(product: Callable[[Kernel, Array], Array]) -> Callable[[Kernel, Array], Array]:
+    """With the gradient that x would have if it were multiplied as it is: rounding has none, and a
+    LoRA on matrices in few bits would learn nothing of the layers in front of them.
+    """
+
+    @jax.custom_vjp
+    def run(kernel: Kernel, x: Array) -> Array:
+        return product(kernel, x)
+
+    def save(kernel: Kernel, x: Array) -> tuple[Array, Kernel]:
+        return product(kernel, x), kernel
+
+    def back(kernel: Kernel, grad: Array) -> tuple[None, Array]:
+        return None, jnp.einsum("...o,io->...i", grad, kernel.dense().astype(grad.dtype))
+
+    run.defvjp(save, back)
+    return run
+
+
 @layers.product.register(EightBit)
+@_straight
 def _(kernel: EightBit, x: jax.Array) -> jax.Array:
     if kernel.weights_only:
         return layers.product(kernel.dense().astype(x.dtype), x)
@@ -102,6 +123,7 @@ def _(kernel: EightBit, x: jax.Array) -> jax.Array:
 
 
 @layers.product.register(FourBit)
+@_straight
 def _(kernel: FourBit, x: jax.Array) -> jax.Array:
     """Each video is quantised by itself: it comes out as it would alone."""
     rows = x.reshape(-1, *x.shape[-2:])  # b n in

@@ -148,7 +148,7 @@ class Run:
         plot = next(self.prompts)
         self.prompts.taken -= self.cfg.prompts.batch
         leaves, tree = sequence_like(self.program, self.frozen, plot)
-        found = [_typed(kept[str(i)], x) for i, x in enumerate(leaves)]
+        found = [_typed(kept.get(str(i)), x) for i, x in enumerate(leaves)]
         return sequence.spread(jax.tree.unflatten(tree, found), self.program.mesh)
 
     def _step(self, state: DistillState, step: int) -> tuple[DistillState, loop.Found]:
@@ -180,7 +180,8 @@ class Run:
         kept = None
         if self.sequence is not None:
             leaves = jax.tree.leaves(self.sequence)
-            kept = {str(i): _plain(x) for i, x in enumerate(leaves)}
+            # Orbax has no place for what has no number in it.
+            kept = {str(i): _plain(x) for i, x in enumerate(leaves) if x.size}
         self.checkpoints.save(state, self.prompts.get_state(), self.cfg.to_json(), kept)
 
     def _sample(self, state: DistillState, step: int) -> None:
@@ -209,7 +210,9 @@ def _plain(x: jax.Array) -> jax.Array:
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
-def _typed(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _typed(x: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if x is None:
+        return jnp.zeros(like.shape, like.dtype)
     key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
     return jax.random.wrap_key_data(jnp.asarray(x)) if key else jnp.asarray(x)
 
