@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -353,6 +354,22 @@ class Session:
         memory = dataclasses.replace(state.rollout, shot=shot)
         self.home.write(dataclasses.replace(state, rollout=memory, text=text))
         return self._changed("cut", "keep", prompt, whole)
+
+    def adapt(self, lora: str | os.PathLike | None) -> None:
+        """Another LoRA beside the model's weights from the next chunk on, or none. The memory stays
+        as it was made; a `switch` to the same prompt reads it anew. The first LoRA of a rank is
+        compiled for; others of that rank take its place at once.
+
+        Raises:
+          SessionError: the session is closed, or shares its model with a batch.
+          InputError: there is no LoRA in the file, or it is of another model.
+        """
+        self._check_open()
+        if type(self.home) is not Home:
+            raise SessionError("a session in a batch has the batch's model: take it out first")
+        self.model = self.model.adapted(lora)
+        text = self.model.prompt_kv([self.position.whole])
+        self.home.write(dataclasses.replace(self.home.read(), text=text))
 
     def _opens_shot(self) -> bool:
         """Whether the next chunk is the first one after a cut."""
