@@ -32,6 +32,7 @@ from longlive_jax.vae.build import build
 from longlive_jax.vae.vae import VAECarry, init_carry
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
+IN_PLACE = ("scatter", "dynamic_update_slice")
 PROGRAMS = ("text", "denoise", "decode", "switch")
 PLUGIN = "jax_plugins.xla_cuda13"
 SCALES = ("scales", "amax")  # of what is kept in fewer bits: float32
@@ -182,11 +183,11 @@ def by_formula(cfg: ModelConfig, names: tuple[str, ...] = PROGRAMS) -> dict[str,
     """Bytes of activations of the programs `names`: the largest, over its matrix products and
     convolutions in program order, of
 
-        result of the one before + operands + result,
+        result of the one before + operands + result + what loops around it carry,
 
     where an operand that is pieces side by side keeps a piece beside it. XLA fuses what lies
-    between two of them, so these are what it must write down. In the transformer that is: scores
-    in float32, the weights of the softmax, the values; in a VAE: what goes around a residual block,
+    between two of them, so these are what it must write down. In the transformer that is: what
+    goes around a block, and its widest layer; in a VAE: what goes around a residual block,
     the frames that are remembered, their time taps side by side, what the convolution makes of
     them.
     """
@@ -197,7 +198,7 @@ def by_formula(cfg: ModelConfig, names: tuple[str, ...] = PROGRAMS) -> dict[str,
 
 def _largest(jaxpr: Any) -> int:
     before = largest = 0
-    for operands, result in _contractions(jaxpr):
+    for operands, result in _contractions(jaxpr, set(jaxpr.invars)):
         largest = max(largest, before + operands + result)
         before = result
     return largest
@@ -207,8 +208,11 @@ def _size(variable: Any) -> int:
     return nbytes([variable.aval])
 
 
-def _contractions(jaxpr: Any) -> Iterator[tuple[int, int]]:
-    """Bytes of operands and result of each contraction, those of inner programs in their place."""
+def _contractions(jaxpr: Any, arguments: set) -> Iterator[tuple[int, int]]:
+    """Bytes of operands and result of each contraction, those of inner programs in their place;
+    in a loop, what it carries from turn to turn counts as operands, unless it is an argument of the
+    whole, which is updated in place. arguments: the variables that are.
+    """
     pieces = {}  # the largest part of what was put together, by variable
     for equation in jaxpr.eqns:
         kind, given, made = equation.primitive.name, equation.invars, equation.outvars
@@ -219,9 +223,33 @@ def _contractions(jaxpr: Any) -> Iterator[tuple[int, int]]:
         elif kind in CONTRACTIONS:
             kept = (pieces.get(operand, 0) for operand in given if isinstance(operand, Var))
             yield sum(map(_size, given)) + sum(kept), sum(map(_size, made))
+        elif kind in IN_PLACE and _is_in(given[0], arguments):
+            arguments.add(made[0])
         else:
             for inner in _inner(tuple(equation.params.values())):
-                yield from _contractions(inner)
+                known, carried = _entered(equation, inner, arguments)
+                for operands, result in _contractions(inner, known):
+                    yield operands + carried, result
+                pairs = zip(inner.outvars, made, strict=False)
+                arguments |= {outer for own, outer in pairs if _is_in(own, known)}
+
+
+def _is_in(variable: Any, arguments: set) -> bool:
+    return isinstance(variable, Var) and variable in arguments
+
+
+def _entered(equation: Any, inner: Any, arguments: set) -> tuple[set, int]:
+    """The variables of an inner program that are arguments of the whole, and the bytes of the
+    others that a loop carries.
+    """
+    given = equation.invars[len(equation.invars) - len(inner.invars) :]
+    pairs = zip(given, inner.invars, strict=False)
+    known = {own for outer, own in pairs if _is_in(outer, arguments)}
+    if equation.primitive.name != "scan":
+        return known, 0
+    first = equation.params["num_consts"]
+    carry = inner.invars[first : first + equation.params["num_carry"]]
+    return known, sum(_size(own) for own in carry if own not in known)
 
 
 def _inner(parameter: Any) -> Iterator[Any]:

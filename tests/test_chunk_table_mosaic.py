@@ -2,20 +2,15 @@
 reference.
 """
 
-import contextlib
 import functools
-import threading
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import mosaic_on_cpu
 import numpy as np
 import pytest
-from jax import lax
-from jax.core import eval_jaxpr
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
+from longlive_kernels import arch
 from longlive_kernels.attention.chunk_table import (
     Table,
     api,
@@ -24,93 +19,7 @@ from longlive_kernels.attention.chunk_table import (
     mosaic_lists,
     shapes,
 )
-from longlive_kernels.nvfp4 import arch
-
-PROGRAMS = {}
-COMPILING = threading.Lock()
-
-
-def run_jaxpr(jaxpr, consts, *args):
-    """The simulator's own compiles a kernel anew for every warpgroup of every block."""
-    with COMPILING:
-        if jaxpr not in PROGRAMS:
-            run = jax.jit(lambda consts, *args: eval_jaxpr(jaxpr, consts, *args))
-            PROGRAMS[jaxpr] = run.lower(consts, *args).compile()
-    PROGRAMS[jaxpr](consts, *args)
-
-
-class Total:
-    """Stands in for an accumulator."""
-
-    def __init__(self, value):
-        self.value, self.shape = value, value.shape
-
-    def __getitem__(self, index):
-        return self.value
-
-
-def multiply(total: Total, left, right):
-    left, right = (x if isinstance(x, jax.Array) else x[...] for x in (left, right))
-    total.value += left.astype(jnp.float32) @ right.astype(jnp.float32)
-
-
-def run_scoped(body, accumulator):
-    return body(Total(jnp.zeros(accumulator.shape, accumulator.dtype)))
-
-
-def run_state(body):
-    def run(accumulator):
-        total = Total(accumulator._init)
-        body(total)
-        return total.value
-
-    return run
-
-
-class Transposed:
-    def __init__(self, ref, axes):
-        self.ref, self.axes = ref, axes
-
-    def __getitem__(self, index):
-        return self.ref[...].transpose(self.axes)
-
-
-@contextlib.contextmanager
-def simulated():
-    """Mosaic's simulator has barriers, copies and memories, and looks for races. It has no layouts,
-    no transposed references, and no accumulators that begin with a value: products are plain ones
-    here. What lies beyond the end of an array is read as zeros, as it is on a GPU.
-    """
-    from jax._src.pallas.mosaic.interpret import thread_map
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
-
-    clean = gpu_callbacks._clean_up_shared_memory
-
-    def clean_up(token):
-        assert not gpu_callbacks.get_races().races_found
-        return clean(token)
-
-    stand_ins = {
-        (thread_map, "_run_jaxpr"): run_jaxpr,
-        (gpu_callbacks, "_clean_up_shared_memory"): clean_up,
-        (pl, "run_scoped"): run_scoped,
-        (pl, "run_state"): run_state,
-        (plgpu, "wgmma"): multiply,
-        (plgpu, "load"): lambda ref, index, **_: ref[...],
-        (plgpu, "layout_cast"): lambda x, layout: x,
-        (plgpu, "transpose_ref"): Transposed,
-        (plgpu, "broadcasted_iota"): lambda dtype, shape, axis, **_: lax.broadcasted_iota(
-            dtype, shape, axis
-        ),
-    }
-    how = params.InterpretGPUParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with contextlib.ExitStack() as stack:
-        for (module, name), stand_in in stand_ins.items():
-            stack.enter_context(mock.patch.object(module, name, stand_in))
-        stack.enter_context(params.force_gpu_interpret_mode(how))
-        yield
+from longlive_kernels.attention.tile import TILE
 
 
 def sized(table: np.ndarray, tokens: int, **other) -> shapes.Shape:
@@ -149,7 +58,7 @@ def gradients(attention):
 @functools.cache
 def ours(name: str):
     shape = SIMULATED[name]
-    with simulated():
+    with mosaic_on_cpu.simulated():
         run = jax.jit(gradients(functools.partial(mosaic.attend, table=shape.table)))
         return jax.block_until_ready(run(*qkv(shape)))
 
@@ -197,7 +106,7 @@ def test_hidden_tiles_are_not_read():
     assert (seen == rows).all() and seen.sum() == 256
     q, k, v = qkv(shape)
     poison = jnp.asarray(np.where(seen, 0, np.nan)[None, :, None, None], jnp.bfloat16)
-    with simulated():
+    with mosaic_on_cpu.simulated():
         run = jax.jit(lambda *x: mosaic.forward(*x, shape.table)[0])
         out = jax.block_until_ready(run(q, k + poison, v + poison))
     whole = ours("5b_2_ranks")[0]
@@ -212,8 +121,8 @@ LISTED = SIMULATED | {
     "all_hidden": sized(np.zeros((2, 3), bool), 72),
 }
 BOTH = {
-    "queries": (mosaic_lists.over_keys, (mosaic.TILE, mosaic.QUERIES.tile)),
-    "keys": (mosaic_lists.over_queries, (mosaic.KEYS.tile, mosaic.TILE)),
+    "queries": (mosaic_lists.over_keys, (TILE, mosaic.QUERIES.tile)),
+    "keys": (mosaic_lists.over_queries, (mosaic.KEYS.tile, TILE)),
 }
 LONG = {
     f"{frames} {'in one order' if ranks == 1 else f'on {ranks} ranks'}": (frames, ranks)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import streams
+from longlive_kernels.attention.sink_window import kept as kernel
 
 import longlive_jax
 from longlive_jax import footprint
@@ -18,7 +19,12 @@ LAYERS, B, SLOTS, S, A, D = 2, 2, 6, 4, 2, 32
 ERRORS = {"int8": 0.5 / 127, "fp8": 1 / 16, "nvfp4": 1 / 6 * (1 + 1 / 16)}
 
 
-enter = streams.jit(storage.enter)
+@streams.jit
+def enter(table, new, place):
+    """What is kept then, and the layer's window as it is attended."""
+    table = storage.enter(table, new, place)
+    window = kernel.window(storage.table(table), A, new.dtype, place.layer, new, place.slots)
+    return table, window
 
 
 def place(slots, chunk, *, final, layer=1):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from longlive_kernels.attention.chunk_table import chunk_table
+from longlive_kernels.attention.sink_window import Fresh, sink_window
 
 from longlive_jax.dit import storage
 from longlive_jax.dit.rope import rotate
@@ -25,18 +26,13 @@ Keys = Float[Array, "b m a d"]
 Table = tuple[tuple[bool, ...], ...]  # rows of a boolean table: query frame, key frame
 
 
-def attend(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "b n m"] | None = None) -> Heads:
-    """softmax(q kᵀ / √d) v, the softmax in float32. Rows with no visible key come out as the mean
-    of v.
-    """
+def attend(q: Heads, k: Keys, v: Keys) -> Heads:
+    """softmax(q kᵀ / √d) v, the softmax in float32."""
     q, k, v = (
         jnp.swapaxes(x, 1, 2) for x in (q, k, v)
     )  # b a n d; batch axes in front are faster on CPUs
     scores = jnp.einsum("band,bamd->banm", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (1.0 / np.sqrt(q.shape[-1]))
-    if mask is not None:
-        scores = jnp.where(mask[:, None], scores, jnp.float32(-1e30))
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(scores * (1.0 / np.sqrt(q.shape[-1])), axis=-1).astype(v.dtype)
     return jnp.swapaxes(jnp.einsum("banm,bamd->band", weights, v), 1, 2)
 
 
@@ -98,16 +94,16 @@ class Cached:
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
         q, k = rotate(q, self.angles), rotate(k, self.angles) if self.read is None else k
-        frames, tokens = self.slots.shape[1], q.shape[1] // self.slots.shape[1]
+        shape = (*self.slots.shape, -1, *k.shape[2:])  # b f s a d
+        k, v = k.reshape(shape), v.reshape(shape)
         place = storage.Place(state.layer, self.slots, self.chunk, self.final)
-
-        def enter(kept: Any, new: Heads) -> tuple[Any, Keys]:
-            new = new.reshape(new.shape[0], frames, tokens, *new.shape[2:])
-            kept, window = storage.enter(kept, new, place)
-            return kept, window.reshape(window.shape[0], -1, *window.shape[3:])
-
-        (kept_k, keys), (kept_v, values) = enter(state.k, k), enter(state.v, v)
-        if self.read is not None:
-            keys = rotate(keys, self.read)
-        mask = jnp.repeat(jnp.repeat(self.visible, tokens, 1), tokens, 2)
-        return attend(q, keys, values, mask), LayerCache(kept_k, kept_v, state.layer + 1)
+        kept = storage.enter(state.k, k, place), storage.enter(state.v, v, place)
+        out = sink_window(
+            q,
+            *map(storage.table, kept),
+            self.visible,
+            layer=state.layer,
+            read=self.read,
+            fresh=Fresh(k, v, self.slots) if isinstance(kept[0], storage.LowBit) else None,
+        )
+        return out, LayerCache(*kept, state.layer + 1)

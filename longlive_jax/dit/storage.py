@@ -1,9 +1,9 @@
 """How the keys and values of a slot table are kept: as numbers, or in fewer bits (LongLive 2.0
 section 3.2; `utils/quant.py`, `causal_model.py:_apply_cache_updates`).
 
-A way of keeping is a leaf type of the table, and registers what `enter` does with it. An array
-takes every pass of a chunk. What has fewer bits takes the clean pass only: a frame is quantised
-once, and a chunk attends its own keys and values as they are.
+A way of keeping is a leaf type of the table, and registers what `enter` does with it, and how
+`table` hands it to attention. An array takes every pass of a chunk. What has fewer bits takes the
+clean pass only: a frame is quantised once, and a chunk attends its own keys and values as they are.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from longlive_kernels.attention import sink_window as kernel
 from longlive_kernels.nvfp4 import NVFP4
-from longlive_kernels.nvfp4.quantize import dequantize, quantize
+from longlive_kernels.nvfp4.quantize import quantize
 
 from longlive_jax.quant.eight import eight_bits
 
 Frames = Float[Array, "b f s a d"]
-Window = Float[Array, "b slots s a d"]
 Parts = dict[str, Array]  # each [*lead, …], lead being what is kept side by side
 
 
@@ -44,12 +44,15 @@ class Place:
 
 
 @functools.singledispatch
-def enter(kept: Any, new: Frames, place: Place) -> tuple[Any, Window]:
-    """Keeps the frames of a call in one layer's slots. Returns what is kept then, and the layer's
-    whole window as it is attended, in the type of `new`.
-    """
-    kept = place.put(kept, new)
-    return kept, kept[place.layer].astype(new.dtype)
+def enter(kept: Any, new: Frames, place: Place) -> Any:
+    """Keeps the frames of a call in one layer's slots. Returns what is kept then."""
+    return place.put(kept, new)
+
+
+@functools.singledispatch
+def table(kept: Any) -> Any:
+    """What `sink_window` reads, of all layers: the same arrays."""
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Scaled:
         values, scales = eight_bits(x, self.dtype, -1)
         return {"values": values, "scales": scales[..., 0]}
 
-    def decode(self, parts: Parts) -> Float[Array, "b slots s a d"]:
-        return parts["values"].astype(jnp.float32) * parts["scales"][..., None]
+    def table(self, parts: Parts) -> kernel.Scaled:
+        return kernel.Scaled(parts["values"], parts["scales"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +99,8 @@ class FourBit:
         q = quantize(x, rule=self.rule, amax=amax)
         return {"packed": q.packed, "scales": q.scales, "amax": q.amax}
 
-    def decode(self, parts: Parts) -> Float[Array, "b slots sa d"]:
-        return dequantize(NVFP4(parts["packed"], parts["scales"], parts["amax"], self.rule))
+    def table(self, parts: Parts) -> NVFP4:
+        return NVFP4(parts["packed"], parts["scales"], parts["amax"], self.rule)
 
 
 Codec = Scaled | FourBit
@@ -118,18 +121,17 @@ class LowBit:
 
 
 @enter.register
-def _(kept: LowBit, new: Frames, place: Place) -> tuple[LowBit, Window]:
-    """Only one layer's window is ever unpacked at a time."""
-    layer = {name: part[place.layer] for name, part in kept.parts.items()}
-    window = kept.codec.decode(layer).astype(new.dtype)
-    window = window.reshape(*window.shape[:2], *new.shape[2:])
-    rows = jnp.arange(new.shape[0])[:, None]
-    window = window.at[rows, place.slots].set(new, mode="drop")
-    if place.final:
-        coded = kept.codec.encode(new, place.chunk[:, :, None] == place.chunk[:, None, :])
-        parts = {name: place.put(part, coded[name]) for name, part in kept.parts.items()}
-        kept = dataclasses.replace(kept, parts=parts)
-    return kept, window
+def _(kept: LowBit, new: Frames, place: Place) -> LowBit:
+    if not place.final:
+        return kept
+    coded = kept.codec.encode(new, place.chunk[:, :, None] == place.chunk[:, None, :])
+    parts = {name: place.put(part, coded[name]) for name, part in kept.parts.items()}
+    return dataclasses.replace(kept, parts=parts)
+
+
+@table.register
+def _(kept: LowBit) -> kernel.Scaled | NVFP4:
+    return kept.codec.table(kept.parts)
 
 
 def empty(kind: str, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -12,17 +12,14 @@ import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32
+from longlive_kernels import arch
 from longlive_kernels.attention.chunk_table import mosaic_lists, tiles
 from longlive_kernels.attention.chunk_table.table import Table
 from longlive_kernels.attention.chunk_table.vjp import differentiable
-from longlive_kernels.nvfp4 import arch
+from longlive_kernels.attention.tile import SLAB, TILE
 
 ARCH = 90
-GROUPS = 2  # warpgroups that multiply
-ROWS = 64  # of a tile, that one of them has
-TILE = GROUPS * ROWS  # tokens of a tile that a block works at
 WIDTHS = (64, 128)
-SLAB = 8  # rows that are stored at a time where a tile is not whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
-from longlive_kernels.attention.chunk_table import mosaic_block as block
-from longlive_kernels.attention.chunk_table.mosaic import FORWARD, GROUPS, ROWS
+from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.chunk_table.mosaic import FORWARD
 from longlive_kernels.attention.chunk_table.mosaic_lists import PLACES, Lists
+from longlive_kernels.attention.tile import GROUPS, ROWS
 
 
 def attended(

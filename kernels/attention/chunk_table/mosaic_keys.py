@@ -15,9 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
-from longlive_kernels.attention.chunk_table import mosaic_block as block
-from longlive_kernels.attention.chunk_table.mosaic import GROUPS, KEYS, ROWS
+from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.chunk_table.mosaic import KEYS
 from longlive_kernels.attention.chunk_table.mosaic_lists import Lists
+from longlive_kernels.attention.tile import GROUPS, ROWS
 
 
 def of_keys(

@@ -27,6 +27,6 @@ def lacks_fp4(arch: int | None) -> str | None:
     if arch < FP4:
         return (
             f"cannot run on sm_{arch}: Hopper and older GPUs have no FP4 units; "
-            'use matmul_w4a16, or implementation="reference"'
+            'use matmul_w4a16, or implementation="xla", which emulates it'
         )
     return None

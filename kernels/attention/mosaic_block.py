@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
-from longlive_kernels.attention.chunk_table.mosaic import GROUPS, ROWS, SLAB
+from longlive_kernels.attention.tile import GROUPS, ROWS, SLAB
 
 Scalar = Int32[Array, ""]
 Ref = Any  # of Mosaic, to arrays or parts of them

@@ -1,0 +1,89 @@
+"""What is asked of a backend, as a value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+from longlive_kernels.attention.sink_window import kept
+from longlive_kernels.attention.sink_window.kept import Fresh, Kept
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of `api.sink_window`."""
+
+    q: Float[Array, "b n a d"]
+    k: Kept
+    v: Kept
+    visible: Bool[Array, "b f slots"]
+    layer: Int[Array, ""] | None = None
+    read: Float[Array, "b m p"] | None = None
+    fresh: Fresh | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def frames(self) -> int:
+        """Of queries."""
+        return self.visible.shape[1]
+
+    @property
+    def slots(self) -> int:
+        return self.visible.shape[2]
+
+    @property
+    def tokens(self) -> int:
+        """Of a latent frame."""
+        return self.q.shape[1] // self.frames
+
+    @property
+    def phases(self) -> Float[Array, "b slots s p"] | None:
+        """`read`, slot by slot."""
+        if self.read is None:
+            return None
+        return self.read.reshape(self.rows, self.slots, self.tokens, -1)
+
+    def windows(self, dtype) -> tuple[Array, Array]:
+        """Keys, not turned, and values of the whole layer [b slots s a d], fresh ones in place."""
+        fresh = (self.fresh.k, self.fresh.v) if self.fresh else (None, None)
+        slots = self.fresh.slots if self.fresh else None
+        return tuple(
+            kept.window(x, self.heads, dtype, self.layer, new, slots)
+            for x, new in zip((self.k, self.v), fresh, strict=True)
+        )
+
+    def check(self) -> Call:
+        """Itself. Raises ValueError where shapes do not fit each other."""
+        if self.visible.shape[0] != self.rows or self.q.shape[1] % self.frames:
+            raise ValueError(f"queries {self.q.shape} do not fit `visible` {self.visible.shape}")
+        one = (self.rows, self.slots, self.tokens, self.heads, self.width)
+        for name, x in (("keys", self.k), ("values", self.v)):
+            shape = kept.shape(x, self.heads)
+            found = shape if self.layer is None else shape[1:]
+            if found != one:
+                raise ValueError(f"{name} of one layer are {found}, where {one} are attended")
+        if kept.kind(self.k) != kept.kind(self.v):
+            kinds = f"{kept.kind(self.k)} and {kept.kind(self.v)}"
+            raise ValueError(f"keys and values are kept in one way, not as {kinds}")
+        turned = (self.rows, self.slots * self.tokens, self.width // 2)
+        if self.read is not None and self.read.shape != turned:
+            raise ValueError(f"phases {self.read.shape} do not turn keys of {turned}")
+        if self.fresh is not None:
+            new = (self.rows, self.fresh.slots.shape[1], *one[2:])
+            found = (self.fresh.k.shape, self.fresh.v.shape)
+            if self.fresh.slots.shape[0] != self.rows or set(found) != {new}:
+                raise ValueError(f"fresh frames {found} are not {new} of one latent frame a slot")
+        return self

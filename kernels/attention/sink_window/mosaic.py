@@ -1,0 +1,167 @@
+"""Attention over slots for Hopper (sm_90), in Pallas for Mosaic GPU; see mosaic_kernel.py.
+
+Keys and values are read where they lie, out of all layers, by the list of the slots that a query
+frame sees. What has fewer bits is unpacked between the copy and the product; only its scales, which
+lie apart, are put in order beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Float32, Int32
+from longlive_kernels import arch
+from longlive_kernels.attention.sink_window import kept
+from longlive_kernels.attention.sink_window.call import Call
+from longlive_kernels.attention.sink_window.kept import Kept, Scaled
+from longlive_kernels.attention.sink_window.visits import visits
+from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES
+
+ARCH = 90
+WIDTH = 128  # of a head
+DEPTH = 64  # keys that weights and values are multiplied over at a time
+EIGHT = 8  # rows that lie together in shared memory
+KINDS = ("bfloat16", "int8", "float8_e4m3fn", "nvfp4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """keys: of a tile. stages: tiles that are loaded ahead. registers: of a thread that loads, and
+    of one that multiplies.
+    """
+
+    registers: tuple[int, int]
+    keys: int = 128
+    stages: int = 2
+
+
+PLAIN = Blocks((40, 232))
+CODED = Blocks((104, 200))  # a thread that loads also unpacks
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel is compiled for. kind: how slots are kept. tokens: of a latent frame. lists:
+    the length of the list of each source, the table and the fresh frames.
+    """
+
+    kind: str
+    tokens: int
+    heads: int
+    lists: tuple[int, ...]
+
+    @property
+    def blocks(self) -> Blocks:
+        return PLAIN if self.kind == "bfloat16" else CODED
+
+    @property
+    def scales(self) -> int:
+        """Of a token of one head."""
+        return WIDTH // BLOCK if self.kind == "nvfp4" else 1
+
+    @property
+    def parts(self) -> int:
+        """Tiles of keys in a slot."""
+        return -(-self.tokens // self.blocks.keys)
+
+    @property
+    def tail(self) -> int:
+        """Keys in the last tile of a slot, if it is not whole."""
+        return self.tokens % self.blocks.keys
+
+
+def unsupported(call: Call, *, sm: int | None = None) -> str | None:
+    """Why a call cannot run here; None if it can. sm: the architecture; None: the default's."""
+    sm = arch.default() if sm is None else sm
+    if sm is None:
+        return "needs an NVIDIA GPU"
+    if sm != ARCH:
+        return f"is for Hopper (sm_{ARCH}), not sm_{sm}"
+    if call.q.dtype != jnp.bfloat16:
+        return f"takes queries in bfloat16, not {call.q.dtype.name}"
+    if kept.kind(call.k) not in KINDS:
+        return f"reads slots of {', '.join(KINDS)}, not {kept.kind(call.k)}"
+    if call.width != WIDTH:
+        return f"needs heads {WIDTH} wide, not {call.width}"
+    if call.tokens % EIGHT:
+        return f"needs latent frames of a multiple of {EIGHT} tokens, not {call.tokens}"
+    if call.read is not None:
+        return "does not turn keys as it reads them (relative positions), as xla does"
+    return None
+
+
+def attend(call: Call) -> Float[Array, "b n a d"]:
+    """See `api.sink_window`."""
+    from longlive_kernels.attention.sink_window.mosaic_kernel import attended
+
+    kind, fresh = kept.kind(call.k), call.fresh
+    stored, own = (call.visible, None) if fresh is None else kept.divided(call.visible, fresh)
+    seen = [stored] if own is None else [stored, own]
+    lengths = tuple(mask.shape[2] for mask in seen)
+    plan = Plan(kind, call.tokens, call.heads, lengths)
+    order = halves if kind == "nvfp4" else (lambda x: x)
+    sources = [tuple(part for x in (call.k, call.v) for part in operands(x, call, plan))]
+    if fresh is not None:
+        sources.append(tuple(frames(order(x).astype(call.q.dtype), 2) for x in (fresh.k, fresh.v)))
+    q = frames(order(call.q).reshape(call.rows, call.frames, call.tokens, *call.q.shape[2:]), 2)
+    out = attended(q, lists(call, seen), sources, plan).reshape(call.q.shape)
+    return merged(out) if kind == "nvfp4" else out
+
+
+def lists(call: Call, seen: list[Bool[Array, "b f _"]]) -> Int32[Array, "bf columns"]:
+    """Of each query frame: where its layer begins, how many it sees of each source, and which."""
+    index, count = zip(*map(visits, seen), strict=True)
+    row = jnp.arange(call.rows, dtype=jnp.int32)[:, None, None]
+    index = [row * x.shape[2] + x for x in index]
+    layer = jnp.int32(0) if call.layer is None else call.layer.astype(jnp.int32)
+    first = jnp.broadcast_to(layer * (call.rows * call.slots), count[0].shape)
+    columns = jnp.concatenate([jnp.stack([first, *count], 2), *index], 2)
+    return columns.reshape(call.rows * call.frames, -1)
+
+
+def operands(x: Kept, call: Call, plan: Plan) -> list[Array]:
+    """The slots of all layers, heads side by side; and the scales of the layer's, if any."""
+    lead = 2 if call.layer is None else 3
+    if isinstance(x, NVFP4):
+        packed = x.packed.reshape(*x.packed.shape[:lead], call.tokens, call.heads, -1)
+        return [frames(packed, lead), scales(x, call, plan)]
+    if isinstance(x, Scaled):
+        values = jax.lax.bitcast_convert_type(x.values, jnp.uint8)
+        return [frames(values, lead), scales(x, call, plan)]
+    return [frames(x, lead)]
+
+
+def frames(x: Array, lead: int) -> Array:
+    """*l b slots s a d → slots of all layers and rows, s, a · d: the same bytes."""
+    return x.reshape(math.prod(x.shape[:lead]), x.shape[lead], -1)
+
+
+def scales(x: Scaled | NVFP4, call: Call, plan: Plan) -> Float32[Array, "m a blocks s"]:
+    """Of the layer's slots, those of one head's tokens side by side, filled up to whole tiles. Of
+    NVFP4 they have in them what the chunk is scaled by, for twice the values.
+    """
+    layer = kept.of_layer(x, call.layer)
+    if isinstance(layer, NVFP4):
+        unit = RULES[layer.rule].unit(layer.amax) * jnp.float32(0.5)
+        each = layer.scales.astype(jnp.float32) * unit[..., None, None]
+    else:
+        each = layer.scales
+    each = each.reshape(call.rows * call.slots, call.tokens, call.heads, -1)
+    filled = ((0, 0), (0, 0), (0, 0), (0, plan.parts * plan.blocks.keys - plan.tokens))
+    return jnp.pad(rearrange(each, "m s a e -> m a e s"), filled)
+
+
+def halves(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """The even channels, then the odd ones: what is unpacked from low nibbles and from high ones is
+    then side by side.
+    """
+    return rearrange(x, "... (d two) -> ... (two d)", two=2)
+
+
+def merged(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """Undoes `halves`."""
+    return rearrange(x, "... (two d) -> ... (d two)", two=2)

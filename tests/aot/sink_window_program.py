@@ -1,0 +1,65 @@
+"""Compiles attention over slots in Mosaic for a described GPU: `sink_window_program.py GPU SHAPE
+KIND`.
+
+A program of its own, because Mosaic keeps the architecture it has first compiled for as long as its
+process runs (jax 0.10.2).
+"""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from longlive_kernels.attention.sink_window import Fresh, Scaled, mosaic
+from longlive_kernels.attention.sink_window.call import Call
+from longlive_kernels.attention.sink_window.shapes import SHAPES
+from longlive_kernels.nvfp4 import NVFP4
+
+SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
+EIGHT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
+def main(gpu: str, name: str, kind: str) -> int:
+    """Bytes of temporary arrays."""
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    spec = (SPECS / f"{gpu}.txtpb").read_text()
+    described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
+    sharding = SingleDeviceSharding(topologies.get_topology_desc(**described).devices[0])
+    shape = SHAPES[name]
+    *lead, tokens, heads, width = shape.keys
+
+    def array(sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
+
+    def table():
+        if kind in EIGHT:
+            return array(shape.keys, EIGHT[kind]), array(shape.keys[:-1], jnp.float32)
+        if kind == "nvfp4":
+            rows = (*lead, tokens * heads)
+            packed = array((*rows, width // 2), jnp.uint8)
+            return packed, array((*rows, width // 16), jnp.float8_e4m3fn), array(lead, jnp.float32)
+        return (array(shape.keys),)
+
+    def attend(q, k, v, visible, layer, fresh):
+        make = {1: lambda x: x, 2: Scaled, 3: lambda *x: NVFP4(*x, "mse")}[len(k)]
+        fresh = None if kind == "bfloat16" else Fresh(*fresh)
+        return mosaic.attend(Call(q, make(*k), make(*v), visible, layer, None, fresh))
+
+    rows, _, slots = shape.table.shape
+    new = array((rows, len(shape.own), tokens, heads, width))
+    given = (
+        array(shape.queries),
+        table(),
+        table(),
+        array(shape.table.shape, bool),
+        array((), jnp.int32),
+        (new, new, array((rows, len(shape.own)), jnp.int32)),
+    )
+    program = jax.jit(attend, keep_unused=True).lower(*given).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"\ntemporary {main(*sys.argv[1:])}\n")

@@ -1,0 +1,123 @@
+"""Attention over slots compiled for GPUs that are not there: what the programs are made of.
+
+Needs the [aot] extra.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from longlive_kernels.attention.sink_window import shapes, xla
+from longlive_kernels.attention.sink_window.call import Call
+
+from longlive_jax import footprint
+from longlive_jax.config import WAN21_T2V_1_3B, WAN22_TI2V_5B
+
+pytestmark = pytest.mark.aot
+
+PROGRAM = pathlib.Path(__file__).with_name("sink_window_program.py")
+PRESETS = {"5b": WAN22_TI2V_5B, "1.3b": WAN21_T2V_1_3B}
+REAL = ["5b_chunk", "5b_recache", "1.3b_chunk"]
+
+
+def mosaic_program(gpu: str, name: str, kind: str) -> tuple[int, str]:
+    """The exit status of compiling the kernel, and its PTX and what ptxas says of it."""
+    pytest.importorskip(
+        "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
+    )
+    dumps = {f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTX", "PTXAS")}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, gpu, name, kind],
+        env=os.environ | dumps,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def temporary(text: str) -> int:
+    (size,) = re.findall(r"^temporary (\d+)$", text, re.MULTILINE)
+    return int(size)
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_mosaic_compiles_for_hopper(name, kind):
+    """Nothing is spilled, and slots are neither copied nor unpacked in memory."""
+    status, text = mosaic_program("h100", name, kind)
+    assert status == 0, text[-2000:]
+    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in text
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text) == [("0", "0")]
+    (registers,) = re.findall(r"Used (\d+) registers", text)
+    assert int(registers) <= 168  # what 384 threads may have
+    # Small numbers are zeros to what flushes them: unpacking must not.
+    assert set(re.findall(r"\S*ftz\S*", text)) <= {"ex2.approx.ftz.f32"}
+    shape = shapes.SHAPES[name]
+    frame = 2 * shape.tokens * shape.heads * shape.width
+    scales = {"bfloat16": 0, "nvfp4": shape.width // 16}.get(kind, 1)
+    scales *= 2 * 4 * shape.tokens * shape.heads * shape.table.shape[2]
+    # NVFP4 has queries, fresh frames and the result in another order of channels.
+    ordered = 4 * frame * shape.table.shape[1] if kind == "nvfp4" else 0
+    assert temporary(text) < 1.1 * (scales + ordered) + 1e5
+
+
+def test_the_kernel_for_hopper_does_not_compile_for_blackwell():
+    status, text = mosaic_program("b200", "5b_chunk", "bfloat16")
+    assert status != 0
+    assert "wgmma" in text
+
+
+@pytest.mark.parametrize("gpu", ["h100", "b200"])
+@pytest.mark.parametrize("name", REAL)
+def test_xla_writes_the_scores_of_one_step(device, gpu, name):
+    """float32, the weights in bfloat16, and less than a fifth beside them: no copy of the window,
+    and none of the table.
+    """
+    shape, sharding = shapes.SHAPES[name], device(gpu)
+
+    def array(sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    def attend(q, k, v, visible, layer):
+        return xla.attend(Call(q, k, v, visible, layer))
+
+    table, visible = array(shape.keys), array(shape.table.shape, bool)
+    given = (array(shape.queries), table, table, visible, array((), jnp.int32))
+    program = jax.jit(attend).lower(*given).compile()
+    step = shape.heads * shape.tokens**2 * (4 + 2)
+    queries = 2 * shape.queries[1] * shape.heads * shape.width
+    assert program.memory_analysis().temp_size_in_bytes < 1.2 * step + 2 * queries
+
+
+def layers(name: str, kv: str, count: int = 2):
+    cfg = PRESETS[name]
+    return dataclasses.replace(
+        cfg,
+        dit=dataclasses.replace(cfg.dit, layers=count),
+        stream=dataclasses.replace(cfg.stream, kv=kv),
+    )
+
+
+@pytest.mark.parametrize("kv", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_recache_has_no_whole_score_matrix(device, name, kv):
+    """Of a 5B window that needed 114 GB; what is left is the MLP's, of all its tokens."""
+    cfg = layers(name, kv)
+    program, given = footprint.programs(cfg, device("h100"))["switch"]
+    compiled = program.lower(*given).compile()
+    tokens = cfg.stream.window * cfg.tokens_per_frame
+    of_frame = f"{cfg.dit.heads},{cfg.tokens_per_frame},{cfg.tokens_per_frame}"
+    text = compiled.as_text()
+    assert f"f32[{of_frame}]" in text
+    assert not re.search(rf"\[(\d+,)*{tokens},{tokens}\]", text)
+    memory = compiled.memory_analysis()
+    above = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    mlp = 2 * tokens * (2 * cfg.dit.ffn_dim + 2 * cfg.dit.dim)
+    assert above < 1.25 * mlp < 4 * cfg.dit.heads * tokens**2 / 10

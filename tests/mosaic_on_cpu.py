@@ -1,0 +1,98 @@
+"""Mosaic GPU kernels on the CPU: the simulator that comes with JAX, and what it lacks."""
+
+import contextlib
+import threading
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.core import eval_jaxpr
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+PROGRAMS = {}
+COMPILING = threading.Lock()
+
+
+def run_jaxpr(jaxpr, consts, *args):
+    """The simulator's own compiles a kernel anew for every warpgroup of every block."""
+    with COMPILING:
+        if jaxpr not in PROGRAMS:
+            run = jax.jit(lambda consts, *args: eval_jaxpr(jaxpr, consts, *args))
+            PROGRAMS[jaxpr] = run.lower(consts, *args).compile()
+    PROGRAMS[jaxpr](consts, *args)
+
+
+class Total:
+    """Stands in for an accumulator."""
+
+    def __init__(self, value):
+        self.value, self.shape = value, value.shape
+
+    def __getitem__(self, index):
+        return self.value
+
+
+def multiply(total: Total, left, right):
+    left, right = (x if isinstance(x, jax.Array) else x[...] for x in (left, right))
+    total.value += left.astype(jnp.float32) @ right.astype(jnp.float32)
+
+
+def run_scoped(body, accumulator):
+    return body(Total(jnp.zeros(accumulator.shape, accumulator.dtype)))
+
+
+def run_state(body):
+    def run(accumulator):
+        total = Total(accumulator._init)
+        body(total)
+        return total.value
+
+    return run
+
+
+class Transposed:
+    def __init__(self, ref, axes):
+        self.ref, self.axes = ref, axes
+
+    def __getitem__(self, index):
+        return self.ref[...].transpose(self.axes)
+
+
+@contextlib.contextmanager
+def simulated():
+    """Mosaic's simulator has barriers, copies and memories, and looks for races. It has no layouts,
+    no transposed references, and no accumulators that begin with a value: products are plain ones
+    here. What lies beyond the end of an array is read as zeros, as it is on a GPU.
+    """
+    from jax._src.pallas.mosaic.interpret import thread_map
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
+
+    clean = gpu_callbacks._clean_up_shared_memory
+
+    def clean_up(token):
+        assert not gpu_callbacks.get_races().races_found
+        return clean(token)
+
+    stand_ins = {
+        (thread_map, "_run_jaxpr"): run_jaxpr,
+        (gpu_callbacks, "_clean_up_shared_memory"): clean_up,
+        (pl, "run_scoped"): run_scoped,
+        (pl, "run_state"): run_state,
+        (plgpu, "wgmma"): multiply,
+        (plgpu, "load"): lambda ref, index, **_: ref[...],
+        (plgpu, "layout_cast"): lambda x, layout: x,
+        (plgpu, "transpose_ref"): Transposed,
+        (plgpu, "broadcasted_iota"): lambda dtype, shape, axis, **_: lax.broadcasted_iota(
+            dtype, shape, axis
+        ),
+    }
+    how = params.InterpretGPUParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    with contextlib.ExitStack() as stack:
+        for (module, name), stand_in in stand_ins.items():
+            stack.enter_context(mock.patch.object(module, name, stand_in))
+        stack.enter_context(params.force_gpu_interpret_mode(how))
+        yield
