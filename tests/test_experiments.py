@@ -8,8 +8,10 @@ import warnings
 import pytest
 from longlive_kernels.nvfp4.linear import AR
 
-from longlive_jax.config import TINY, WAN22_TI2V_5B
+from longlive_jax import model as models
+from longlive_jax.config import TINY, WAN21_T2V_1_3B, WAN22_TI2V_5B
 from longlive_jax.errors import InputError
+from longlive_jax.train import distill_run
 from longlive_jax.train.recycling import RecyclingConfig
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -62,3 +64,42 @@ def test_a_field_that_there_is_none_of_is_named(train_ar):
     config.optimizer.momentum = 0.5
     with pytest.raises(InputError, match="the config does not fit: .*momentum"):
         train_ar.config_of(config, model(TINY))
+
+
+@pytest.fixture(scope="module")
+def distillation():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return module("distillation")
+
+
+DISTILLED = [
+    *(("dmd_toy", which, TINY) for which in ("steps4", "steps2", "full4", "full2")),
+    *(("long_toy", which, TINY) for which in ("switch", "plain")),
+    *(("dmd_wan", which, WAN22_TI2V_5B) for which in ("5b-4", "5b-2", "5b-4-nvfp4", "5b-2-nvfp4")),
+    *(("long_wan", which, WAN21_T2V_1_3B) for which in ("init", "long")),
+]
+
+
+@pytest.mark.parametrize("name, which, config", DISTILLED)
+def test_the_stages_of_distillation_are_runs(distillation, monkeypatch, name, which, config):
+    monkeypatch.setattr(models, "read_config", lambda folder: config)
+    made = module(f"configs/{name}")
+    assert which in made.CHANGES
+    run = distillation.config_of(made.get_config(which))
+    distill_run.check(run)
+    assert run.stream == config.stream and run.judge.shift == config.sampler.shift
+    assert (run.prompts.switch is not None) == (which in ("switch", "long"))
+    whole = which.startswith("full") or which == "init"
+    assert (run.student.learning.rank == 0) == whole
+    assert dict(run.precision) == (
+        dict(student="nvfp4", teacher="nvfp4") if which.endswith("nvfp4") else {}
+    )
+    assert run.judge.causal == (name != "long_wan")
+
+
+def test_a_distillation_that_does_not_fit_is_named(distillation):
+    config = module("configs/dmd_toy").get_config("steps2")
+    config.clips.next = 5
+    with pytest.raises(InputError, match="clips of 4 and 5 chunks do not fit sequences of 4"):
+        distillation.config_of(config)

@@ -28,6 +28,8 @@ def _run(steps: int, rank: int = 32) -> dict:
         judge=dict(real_guidance=1.0),
         student=dict(rank=rank, learning_rate=3e-4, steps=300, ema=0.95) | ADAMW,
         fake=dict(rank=rank, learning_rate=3e-4, steps=300) | ADAMW,
+        precision=dict(student="", teacher="", critic=""),  # of frozen weights
+        through="stop",
         every=5,
         dtype="float32",
         log_every=10,

@@ -37,6 +37,7 @@ def _run(clips: dict, prompts: dict, rank: int, rates: tuple[float, float], step
         fake=dict(rank=rank, learning_rate=fake, steps=steps, clip=10.0) | ADAMW,
         # The memory's gradient is that of the exit step, as in the released code.
         through="straight",
+        precision=dict(student="", teacher="", critic=""),  # of frozen weights
         every=5,
         dtype="bfloat16",
         log_every=10,

@@ -79,7 +79,7 @@ class Run:
     """
 
     def __init__(self, cfg: DistillConfig, workdir: pathlib.Path):
-        _check(cfg)
+        check(cfg)
         dtype = DTYPES[cfg.dtype]
         mesh = sharding.make_mesh(cfg.data, cfg.fsdp)
         model = longlive_jax.load(cfg.model, dtype=dtype)
@@ -217,7 +217,8 @@ def _typed(x: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(x)) if key else jnp.asarray(x)
 
 
-def _check(cfg: DistillConfig) -> None:
+def check(cfg: DistillConfig) -> None:
+    """Raises InputError where parts of a config do not go together."""
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype {cfg.dtype!r}: choose one of {', '.join(DTYPES)}")
     if cfg.prompts.chunks != cfg.clips.length:

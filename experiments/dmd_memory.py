@@ -1,0 +1,134 @@
+"""Memory of a distillation step of the 5B on eight GPUs, compiled without having one, as the rows
+of Table 2 of the LongLive 2.0 paper.
+
+python experiments/dmd_memory.py --gpu h100 --json dmd.json
+
+With the `[aot]` extra. One video on each device, weights spread over all; clips of 32 latents in
+four chunks, two shots, as `configs/dmd_wan.py:5b-4`. Per device: the larger of the student's and
+the critic's program, at its peak.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from longlive_jax import footprint, gpus, output, sampler, sharding
+from longlive_jax.config import WAN22_TI2V_5B, ModelConfig, Precision
+from longlive_jax.flow import Flow
+from longlive_jax.train.distill import Clips, Frozen, Party, Program
+from longlive_jax.train.dmd import DMDConfig
+from longlive_jax.train.learning import Learning
+from longlive_jax.train.self_forcing import SelfForcing
+from longlive_jax.train.sequence import Plot
+from longlive_jax.train.state import OptimizerConfig
+
+_GPU = flags.DEFINE_string("gpu", "h100", "Which one; longlive plan --help lists them.")
+_LAYERS = flags.DEFINE_integer("layers", 30, "Of the transformers.", 1)
+_DEVICES = flags.DEFINE_integer("devices", 8, "GPUs of one machine.", 1)
+_ROWS = flags.DEFINE_list("rows", None, "Numbers of rows; all by default.")
+_JSON = flags.DEFINE_string("json", None, "Where to write the numbers.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What each network is: learned whole (rank 0) or by a LoRA, its frozen weights in bfloat16
+    ("") or in fewer bits.
+    """
+
+    rank: int
+    student: str = ""
+    teacher: str = ""
+    critic: str = ""
+
+    @property
+    def name(self) -> str:
+        kinds = (kind or "bf16" for kind in (self.student, self.teacher, self.critic))
+        return f"{', '.join(kinds)}; {f'LoRA {self.rank}' if self.rank else 'all weights learned'}"
+
+
+ROWS = (
+    Row(0),
+    Row(128),
+    Row(128, student="nvfp4"),
+    Row(128, student="nvfp4", teacher="nvfp4"),
+    Row(128, student="nvfp4", teacher="nvfp4", critic="nvfp4"),
+)
+
+
+def network(cfg: ModelConfig, kind: str, mesh: Mesh):
+    """By shape, each leaf in its place."""
+    precision = Precision.of(kind) if kind else None
+    dit = footprint.dit(dataclasses.replace(cfg, precision=precision))
+
+    def place(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        where = sharding.of_weight(name, x.shape, mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map_with_path(place, dit)
+
+
+def plot(cfg: ModelConfig, batch: int, mesh: Mesh) -> Plot:
+    where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    of = lambda kind, *shape: jax.ShapeDtypeStruct((batch, *shape), kind, sharding=where)  # noqa: E731
+    text = (cfg.dit.text_len, cfg.dit.text_dim)
+    flags_ = (of(jnp.bool_, 4), of(jnp.bool_, 4))
+    return Plot(of(jnp.float32, 2, *text), of(jnp.float32, *text), of(jnp.int32, 4), *flags_)
+
+
+def peak(row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int) -> dict[str, int]:
+    """Bytes of a device by program."""
+    devices = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=gpu.name,
+        target_config=gpu.describe(),
+        topology=f"1x{count}x1",
+    ).devices
+    mesh = sharding.make_mesh(1, count, devices=devices)
+    party = Party(Learning(row.rank), OptimizerConfig(1e-5, 1000))
+    roll = SelfForcing(cfg.stream, sampler.make(cfg.sampler), Flow(cfg.sampler.shift))
+    judge = DMDConfig(cfg.stream.chunk, shift=cfg.sampler.shift)
+    clips = Clips(first=4, next=4, length=4)
+    program = Program(cfg, party, party, roll, judge, clips, mesh, jnp.bfloat16)
+    made = functools.partial(network, cfg, mesh=mesh)
+    frozen = Frozen(made(row.student), made(row.critic), made(row.teacher))
+    places = program.places(frozen)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    state = jax.eval_shape(functools.partial(program.create, key=jax.random.key(0)), frozen)
+    state = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places
+    )
+    found = {}
+    for which in ("student", "critic"):
+        step = program.compile(which, frozen, begins=True, goes_on=False)
+        compiled = step.lower(state, frozen, plot(cfg, count, mesh), key).compile()
+        found[which] = compiled.memory_analysis().peak_memory_in_bytes
+        logging.info("%s, %s: %.1f GB", row.name, which, found[which] / 1e9)
+    return found
+
+
+def main(_):
+    dit = dataclasses.replace(WAN22_TI2V_5B.dit, layers=_LAYERS.value)
+    cfg = dataclasses.replace(WAN22_TI2V_5B, dit=dit)
+    rows = [ROWS[int(i)] for i in _ROWS.value] if _ROWS.value else ROWS
+    gpu = gpus.find(_GPU.value)
+    found = {row.name: peak(row, cfg, gpu, _DEVICES.value) for row in rows}
+    table = Table("student, teacher, critic", "student's step", "critic's step", title=gpu.title)
+    for name, each in found.items():
+        table.add_row(name, *(f"{size / 1e9:.1f} GB" for size in each.values()))
+    Console(width=120).print(table)
+    if _JSON.value:
+        output.write_report(pathlib.Path(_JSON.value), json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
