@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from longlive_jax import sampler
 from longlive_jax.config import ModelConfig, Recache, StreamConfig
 from longlive_jax.dit import cache as slots
-from longlive_jax.dit.attention import Cached, LayerCache
+from longlive_jax.dit.attention import Beside, Cached, LayerCache
 from longlive_jax.dit.cache import Held, KVCache
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.dit.rope import phases
@@ -161,8 +161,24 @@ def forward(
     rows = attn.slots.shape[0]
     x = jnp.tile(x, (rows // x.shape[0], 1, 1, 1, 1))
     t = jnp.tile(t.astype(jnp.float32), (rows // t.shape[0], 1))
-    state = LayerCache(*kv, jnp.zeros((), jnp.int32))
-    v, state = dit(x, t, text, attn, state, remat="nothing")  # where a gradient is asked for
+    v, state = dit(x, t, text, attn, LayerCache(*kv, jnp.zeros((), jnp.int32)))
+    return v, (state.k, state.v)
+
+
+def beside(
+    dit: DiT, x: Latents, t: Float[Array, "r m"], text: TextKV, attn: Cached, kv: KV
+) -> tuple[Float[Array, "rows f h w c"], KV]:
+    """`forward` for gradients: velocity, and the keys and values that the call would have written,
+    layers b f s a d.
+    """
+    rows, frames = attn.slots.shape
+    x = jnp.tile(x, (rows // x.shape[0], 1, 1, 1, 1))
+    t = jnp.tile(t.astype(jnp.float32), (rows // t.shape[0], 1))
+    tokens = x.shape[2] * x.shape[3] // (dit.cfg.patch[1] * dit.cfg.patch[2])
+    shape = (dit.cfg.layers, rows, frames, tokens, dit.cfg.heads, dit.cfg.head_dim)
+    none = (jnp.zeros(shape, text.k.dtype) for _ in range(2))
+    state = LayerCache(*none, jnp.zeros((), jnp.int32))
+    v, state = dit(x, t, text, Beside(attn, *kv), state, remat="nothing")
     return v, (state.k, state.v)
 
 

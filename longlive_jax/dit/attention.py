@@ -23,6 +23,7 @@ from longlive_jax.dit.rope import rotate
 
 Heads = Float[Array, "b n a d"]
 Keys = Float[Array, "b m a d"]
+Frames = Float[Array, "b f s a d"]
 Table = tuple[tuple[bool, ...], ...]  # rows of a boolean table: query frame, key frame
 
 
@@ -93,17 +94,39 @@ class Cached:
     final: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
-        q, k = rotate(q, self.angles), rotate(k, self.angles) if self.read is None else k
-        shape = (*self.slots.shape, -1, *k.shape[2:])  # b f s a d
-        k, v = k.reshape(shape), v.reshape(shape)
+        q, k, v = self.turned(q, k, v)
         place = storage.Place(state.layer, self.slots, self.chunk, self.final)
         kept = storage.enter(state.k, k, place), storage.enter(state.v, v, place)
-        out = sink_window(
-            q,
-            *map(storage.table, kept),
-            self.visible,
-            layer=state.layer,
-            read=self.read,
-            fresh=Fresh(k, v, self.slots) if isinstance(kept[0], storage.LowBit) else None,
-        )
-        return out, LayerCache(*kept, state.layer + 1)
+        fresh = Fresh(k, v, self.slots) if isinstance(kept[0], storage.LowBit) else None
+        return self.over(q, *kept, state.layer, fresh), LayerCache(*kept, state.layer + 1)
+
+    def turned(self, q: Heads, k: Heads, v: Heads) -> tuple[Heads, Frames, Frames]:
+        """Queries, and keys and values as they are kept, b f s a d."""
+        q, k = rotate(q, self.angles), rotate(k, self.angles) if self.read is None else k
+        shape = (*self.slots.shape, -1, *k.shape[2:])
+        return q, k.reshape(shape), v.reshape(shape)
+
+    def over(self, q: Heads, k: Any, v: Any, layer: Int[Array, ""], fresh: Fresh | None) -> Heads:
+        """Attention over what is kept of all layers, fresh frames in the place of their slots."""
+        tables = map(storage.table, (k, v))
+        return sink_window(q, *tables, self.visible, layer=layer, read=self.read, fresh=fresh)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """`Cached`, but the memory stays as it is, and a call's own keys and values are attended beside
+    it. For gradients: of every layer they keep what runs through the layers, which here is what is
+    written and never read, [layers b f s a d], instead of the whole memory.
+    """
+
+    attn: Cached
+    k: Any  # of all layers, kept in any way of `storage`
+    v: Any
+
+    def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
+        q, k, v = self.attn.turned(q, k, v)
+        fresh = Fresh(k, v, self.attn.slots)
+        out = self.attn.over(q, self.k, self.v, state.layer, fresh)
+        new = (x.at[state.layer].set(y) for x, y in ((state.k, k), (state.v, v)))
+        return out, LayerCache(*new, state.layer + 1)

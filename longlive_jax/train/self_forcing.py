@@ -186,7 +186,9 @@ def replay(
         known = _known(memory, script)
         kv = memory.cache.k, memory.cache.v
         live = build(params)
-        x0, kv = _exit(live, x, exit_, _text(live, script.at(i)), attn, kv, cfg, known)
+        x0, own = _exit(live, x, exit_, _text(live, script.at(i)), attn, kv, cfg, known)
+        rows = jnp.arange(attn.slots.shape[0])[:, None]
+        kv = tuple(old.at[:, rows, attn.slots].set(new) for old, new in zip(kv, own, strict=True))
         still = jax.lax.stop_gradient(x0)
         memory = _close(dit, memory, still, text, attn, cfg, draw, known)
         after = memory.cache.k, memory.cache.v
@@ -297,10 +299,10 @@ def _exit(
     cfg: SelfForcing,
     known: tuple[Array, Array] | None,
 ) -> tuple[Latents, KV]:
-    """What the exit step says: the chunk."""
+    """What the exit step says: the chunk; and its own keys and values, layers b f s a d."""
     t = jnp.asarray(cfg.solver.rows[0])[exit_]
-    v, kv = _forward(dit, x, t, text, attn, kv, known)
-    return _pinned(cfg.flow.to_x0(v, x, t), known), kv
+    v, own = rollout.beside(dit, x, _at(t, x.shape[1], known), text, attn, kv)
+    return _pinned(cfg.flow.to_x0(v, x, t), known), own
 
 
 def _close(
