@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from longlive_jax import report, timeline
+from longlive_jax import bench_ceiling, report, timeline
 from longlive_jax.events import CUT_PREFIX, Event
 from longlive_jax.video import BackgroundWriter
 
@@ -21,6 +21,7 @@ PROMPTS = (
     "a blue square bounces over a grey background",
 )
 WARMUP_CHUNKS = 2  # nothing is compiled after the second chunk
+CHANGES = ("switch", "cut", "none")  # what may happen in the middle of a measured video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,16 @@ class Stopwatch:
         """Call it when the file is complete: an encoder holds frames back until then."""
         self.closed = time.perf_counter()
 
+    def flops(self, warmup: int) -> float:
+        """Of denoising the chunks after the warm-up, each with as much memory as it had."""
+        config, steps = self.session.model.config, len(self.session.solver.steps)
+        first = round(self._start / config.frames_per_chunk)
+        return sum(
+            bench_ceiling.chunk_flops(config, steps, first + number)
+            for number, mark in enumerate(self.marks)
+            if number >= warmup and mark.denoise_s  # what a saved session had left takes no time
+        )
+
     def seconds(self, warmup: int) -> float:
         """From the end of the warm-up chunks to the file being closed."""
         start = self.marks[warmup - 1].written if warmup else self.marks[0].asked
@@ -122,12 +133,17 @@ def summarise(
     first = [video.marks[0].ready - video.marks[0].asked for video in videos]
     height, width = videos[0].size
     session = videos[0].session
+    config, steps = session.model.config, len(session.solver.steps)
+    denoise_s = max(sum(mark.denoise_s for mark in marks), 1e-9)
+    done = sum(video.flops(warmup) for video in videos)
+    peak = bench_ceiling.peak()
     return report.Report(
+        **report.head("generate", session.model, seed),
         frames=sum(mark.frames for mark in videos[0].marks),
         width=width,
         height=height,
-        fps=session.model.config.fps,
-        denoise_fps=frames / max(sum(mark.denoise_s for mark in marks), 1e-9),
+        fps=config.fps,
+        denoise_fps=frames / denoise_s,
         end_to_end_fps=frames / sum(video.seconds(warmup) for video in videos),
         time_to_first_chunk_s=float(np.median(first)),
         chunk_latency_p50_s=float(np.percentile(latencies, 50)),
@@ -135,31 +151,41 @@ def summarise(
         switches=tuple(videos[0].switches),
         peak_memory_bytes=report.peak_memory(),
         compile_s=compile_s,
-        device=report.device_name(),
-        versions=report.versions(),
-        seed=seed,
-        steps=len(session.solver.steps),
+        steps=steps,
         warmup_chunks=warmup,
+        window=config.stream.window,
+        chunk_flops=bench_ceiling.chunk_flops(config, steps),
+        ceiling_fps=frames * peak / done if peak else None,
+        of_ceiling=done / denoise_s / peak if peak else None,
     )
 
 
-def run(model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None) -> report.Report:
-    """Makes a short video for warm-up and `repeat` measured ones, each with a switch half-way.
+def run(
+    model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None, change: str = "switch"
+) -> report.Report:
+    """Makes a short video for warm-up and `repeat` measured ones, each with a change half-way.
 
     Args:
       model: What `longlive_jax.load` returns.
-      seconds: Length of the measured videos; at least two chunks.
+      seconds: Length of the measured videos; with a change at least two chunks.
       repeat: How many videos are measured.
       seed: Of the first video; the next ones count up.
       steps: Denoising steps; None is the model's own number.
+      change: One of `CHANGES`.
     """
     chunk_s = model.config.frames_per_chunk / model.config.fps
 
+    def changes(seconds: float) -> tuple[Event, ...]:
+        if change == "none":
+            return ()
+        return (Event(timeline.middle(model.config, seconds), change, PROMPTS[1]),)
+
     def video(number: int, seconds: float) -> Stopwatch:
-        half = Event(timeline.middle(model.config, seconds), "switch", PROMPTS[1])
-        session = model.session(PROMPTS[0], seed=seed + number, steps=steps).prepare(half.mode)
-        watch = Stopwatch(session, (half,))
-        stream = session.stream(seconds, events=(half,), lookahead=1)
+        events = changes(seconds)
+        modes = {event.mode for event in events if event.kind == "switch"}
+        session = model.session(PROMPTS[0], seed=seed + number, steps=steps).prepare(*modes)
+        watch = Stopwatch(session, events)
+        stream = session.stream(seconds, events=events, lookahead=1)
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "bench.mp4"
             with BackgroundWriter(path, model.config.fps) as writer:

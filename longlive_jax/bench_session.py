@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import pathlib
 import resource
 import statistics
@@ -110,12 +109,11 @@ class Repeat:
 
 
 @dataclasses.dataclass(frozen=True)
-class SessionReport:
+class SessionReport(report.Head):
     """Medians over repeats. All of it is done once before it is measured: compilation is in no
     number but `compile_s`, and `compiled_while_measuring` says that there was none.
     """
 
-    model: str
     fps: int  # at which the video plays
     seconds: float  # of each measured video
     repeats: int
@@ -133,13 +131,7 @@ class SessionReport:
     peak_memory_bytes: int  # of the device; on CPUs of the process
     compile_s: float
     compiled_while_measuring: int
-    device: str
-    versions: dict[str, str]
-    seed: int
     steps: int
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -287,8 +279,6 @@ def summarise(repeats: Sequence[Repeat], **facts: Any) -> SessionReport:
         restore_s=kept.restore_s,
         saved_bytes=kept.bytes,
         peak_memory_bytes=report.peak_memory(),
-        device=report.device_name(),
-        versions=report.versions(),
         **facts,
     )
 
@@ -331,11 +321,10 @@ def run(
         ]
     return summarise(
         repeats,
-        model=config.name,
+        **report.head("session", model, seed),
         fps=config.fps,
         seconds=seconds,
         compile_s=warmup.seconds,
         compiled_while_measuring=clock.programs,
-        seed=seed,
         steps=len(model.solver(steps).steps),
     )

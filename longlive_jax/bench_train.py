@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,9 @@ from longlive_jax.vae.sharded import encode_rank, encode_with_halo, halo, lay_ou
 from longlive_jax.vae.vae import encode
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, steps=1000)
-DENSE = 192  # latent frames: of more, dense scores are too large to be written out
+LENGTH = 192  # latent frames over which attention is measured; and over half, and twice as many
+FULL = "RESOURCE_EXHAUSTED"  # how XLA says that memory is full
+DENSE = 2 << 30  # bytes: larger scores are not written out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,27 +69,22 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainReport:
+class TrainReport(report.Head):
     """Medians over repeats, after one of each for warm-up.
 
     spread: by SP and ranks ("balanced 4"). remat: by what blocks keep for their gradient.
     attention: by backend and latent frames ("xla 192"; "reference" writes out all scores, also the
-    hidden ones).
+    hidden ones). refused: what did not fit into memory.
     """
 
-    model: str
     latents: int
     batch: int
     repeats: int
     spread: dict[str, Spread]
     remat: dict[str, Step]
     attention: dict[str, Attention]
-    device: str
+    refused: dict[str, str]
     devices: int
-    versions: dict[str, str]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 def run(
@@ -97,17 +93,15 @@ def run(
     seconds: float,
     repeat: int,
     seed: int,
-    steps: int | None,
     batch: int = 2,
     ranks: Sequence[int] = (1, 2, 4, 8),
 ) -> TrainReport:
     """Measures steps of random videos, cut to whole chunks on every rank, over as many of `ranks`
-    as there are devices, 1 always among them; `steps`, of denoising, means nothing here.
+    as there are devices, 1 always among them.
 
     Raises:
       InputError: there are fewer chunks than ranks, or the model's heads do not divide over them.
     """
-    del steps
     cfg = model.config
     ranks = [n for n in ranks if n <= jax.device_count()]
     chunks = timeline.chunk_count(cfg, seconds)
@@ -115,21 +109,34 @@ def run(
     frames = chunks * cfg.stream.chunk
     given = videos(cfg, batch, frames, seed)
     clock = functools.partial(median_seconds, repeat=repeat)
+    refused: dict[str, str] = {}
+    tried = functools.partial(attempt, refused)
+    steps = {name: tried(f"remat {name}", step_of, model, given, name, clock) for name in REMAT}
     return TrainReport(
-        model=cfg.name,
+        **report.head("train", model, seed),
         latents=frames,
         batch=batch,
         repeats=repeat,
-        spread=spreads(model, given, ranks, clock),
-        remat={name: step_of(model, given, name, clock) for name in REMAT},
-        attention=attentions(cfg, seed, clock),
-        device=report.device_name(),
+        spread=tried("spread", spreads, model, given, ranks, clock) or {},
+        remat={name: step for name, step in steps.items() if step is not None},
+        attention=attentions(cfg, dtype_of(model), seed, clock, tried),
+        refused=refused,
         devices=jax.device_count(),
-        versions=report.versions(),
     )
 
 
 Clock = Callable[[Callable[[], Any]], float]
+
+
+def attempt(refused: dict[str, str], name: str, act: Callable, *arguments: Any) -> Any:
+    """What `act` returns; None where that does not fit into memory, `refused` then says why."""
+    try:
+        return act(*arguments)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and FULL not in str(error):
+            raise
+        refused[name] = str(error).splitlines()[0]
+        return None
 
 
 def median_seconds(act: Callable[[], Any], repeat: int) -> float:
@@ -183,7 +190,7 @@ def stepper(
     model: Any, given: Videos, cfg: ARConfig, mesh: Mesh
 ) -> tuple[Callable[[], Any], jax.stages.Compiled]:
     """A call that trains for one more step, and its program."""
-    program = Program(model.dit, cfg, OPTIMIZER, mesh)
+    program = Program(model.dit, cfg, OPTIMIZER, mesh, dtype_of(model))
     state, key = program.create(weights.flatten(model.dit)), jax.random.key(0)
     leaves, tree = jax.tree.flatten(program.videos(given))  # as `train.plan.lower` does
 
@@ -193,6 +200,7 @@ def stepper(
         return state, outcome.loss
 
     compiled = step.lower(state, leaves, key).compile()
+    report.check_room(compiled)
 
     def act() -> jax.Array:
         nonlocal state
@@ -231,17 +239,27 @@ def pixels(cfg: ModelConfig, given: Videos) -> jax.Array:
     return jax.random.uniform(jax.random.key(1), shape, minval=-1.0)
 
 
-def attentions(cfg: ModelConfig, seed: int, clock: Clock) -> dict[str, Attention]:
+def dtype_of(model: Any) -> Any:
+    """In which a model computes."""
+    return model.dit.patch_embedding.bias[...].dtype
+
+
+def attentions(
+    cfg: ModelConfig, dtype: Any, seed: int, clock: Clock, tried: Callable
+) -> dict[str, Attention]:
     found = {}
-    for frames in (DENSE // 2, DENSE, 2 * DENSE):
+    for frames in (LENGTH // 2, LENGTH, 2 * LENGTH):
         frames -= frames % cfg.stream.chunk
         table = as_table(Order().table(mask.clean(frames, cfg.stream.chunk)))
         shape = (1, 2 * frames * cfg.tokens_per_frame, cfg.dit.heads, cfg.dit.head_dim)
         keys = jax.random.split(jax.random.key(seed), 3)
-        args = [jax.random.normal(key, shape) for key in keys]
-        for backend in ("xla", "reference")[: 1 + (frames <= DENSE)]:
+        args = [jax.random.normal(key, shape, dtype) for key in keys]
+        scores = 4 * cfg.dit.heads * shape[1] ** 2
+        for backend in ("xla", "reference")[: 1 + (scores <= DENSE)]:
             attend = functools.partial(chunk_table, table=table, implementation=backend)
-            found[f"{backend} {frames}"] = _attention(attend, args, clock)
+            name = f"{backend} {frames}"
+            measured = tried(f"attention {name}", _attention, attend, args, clock)
+            found |= {} if measured is None else {name: measured}
     return found
 
 
@@ -249,6 +267,7 @@ def _attention(attend: Callable, args: Sequence[jax.Array], clock: Clock) -> Att
     forward = jax.jit(attend).lower(*args).compile()
     gradient = jax.grad(lambda *x: jnp.sum(attend(*x) ** 2), (0, 1, 2))
     gradient = jax.jit(gradient).lower(*args).compile()
+    report.check_room(forward), report.check_room(gradient)
     bytes_of = lambda program: program.memory_analysis().temp_size_in_bytes  # noqa: E731
     return Attention(
         clock(functools.partial(forward, *args)),

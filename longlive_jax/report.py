@@ -6,8 +6,11 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
+import re
 import resource
+import shlex
 import sys
 from typing import Any
 
@@ -16,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from longlive_jax.version import __version__
+
+WIDTH = 140  # of tables that go to a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,45 @@ class Switch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Head:
+    """What every report says first: what was measured, where, and by which command."""
+
+    suite: str  # "generate", "session", "train", "vae" or "kernels"
+    model: str  # its name; empty where kernels alone are measured
+    weights: str  # what was loaded, or that they are random
+    seed: int
+    device: str
+    versions: dict[str, str]
+    command: str  # that started this process
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def tables(self) -> list[Table]:
+        """What `show` prints: a row for each number and each entry of its own tables."""
+        table = Table("measure", "value", title=self.device)
+        for name, value in dataclasses.asdict(self).items():
+            parts = {f"{name}: {part}": inner for part, inner in _parts(value).items()}
+            for label, inner in (parts or {name: value}).items():
+                table.add_row(label, _words(inner))
+        return [table]
+
+
+def head(suite: str, model: Any, seed: int) -> dict[str, Any]:
+    """The fields of `Head`, as keywords. model: what `longlive_jax.load` returns, or None."""
+    return dict(
+        suite=suite,
+        model="" if model is None else model.config.name,
+        weights="" if model is None else model.origin.name,
+        seed=seed,
+        device=device_name(),
+        versions=versions(),
+        command=command(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Head):
     """What was made and how fast. Warm-up is excluded from every rate and latency.
 
     `generate` counts its own first two chunks as warm-up (everything is compiled by then; one less
@@ -48,24 +91,21 @@ class Report:
     switches: tuple[Switch, ...]
     peak_memory_bytes: int  # of the device; on CPUs of the process
     compile_s: float
-    device: str
-    versions: dict[str, str]
-    seed: int
     steps: int
     warmup_chunks: int
+    window: int  # latent frames
+    chunk_flops: float  # of denoising one chunk with the window full, its clean pass included
+    ceiling_fps: float | None  # denoise_fps at the GPU's bf16 peak; None where that is not known
+    of_ceiling: float | None  # denoise_fps / ceiling_fps
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
-
-def show(summary: Any, to_stderr: bool) -> None:
-    """Prints a report as a table: a row for each number and each entry of its own tables."""
-    table = Table("measure", "value", title=summary.device)
-    for name, value in dataclasses.asdict(summary).items():
-        parts = {f"{name}: {part}": inner for part, inner in _parts(value).items()}
-        for label, inner in (parts or {name: value}).items():
-            table.add_row(label, _words(inner))
-    Console(stderr=to_stderr).print(table, markup=False)
+def show(summary: Head, to_stderr: bool) -> None:
+    """Prints the tables of a report."""
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console.width = WIDTH
+    for table in summary.tables():
+        console.print(table, markup=False)
 
 
 def _parts(value: Any) -> dict[Any, Any]:
@@ -85,6 +125,35 @@ def peak_memory() -> int:
     stats = jax.devices()[0].memory_stats() or {}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return stats.get("peak_bytes_in_use", resident if sys.platform == "darwin" else resident * 1024)
+
+
+def free_memory() -> int:
+    """Bytes that may still be taken: of the device, or on CPUs of the machine."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        told = pathlib.Path("/proc/meminfo").read_text("utf-8")
+        return int(re.search(r"MemAvailable: *(\d+) kB", told)[1]) * 1024
+    except (OSError, TypeError):  # another system
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+
+
+def check_room(program: jax.stages.Compiled) -> int:
+    """Bytes that a program takes beside its arguments.
+
+    Raises MemoryError where there is no room for them.
+    """
+    memory = program.memory_analysis()
+    need = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if need > free_memory():
+        raise MemoryError(f"needs {need / 1e9:.2f} GB, and {free_memory() / 1e9:.2f} GB are free")
+    return memory.temp_size_in_bytes
+
+
+def command() -> str:
+    """What this process was started with, without the folder that the program lies in."""
+    return shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def device_name() -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from longlive_jax import config as configs
 from longlive_jax import sampler, timeline
+from longlive_jax.model import Origin
 from longlive_jax.session import Chunk, Receipt
 
 CONFIG = configs.ModelConfig(
@@ -79,6 +80,7 @@ class Model:
     """Streams frames at once; `interrupt_at` presses Ctrl-C before that chunk."""
 
     config: configs.ModelConfig = CONFIG
+    origin: Origin = Origin("fake")
     interrupt_at: int | None = None
     noise: bool = False  # frames that no encoder can make small
     calls: list = dataclasses.field(default_factory=list)

@@ -2,15 +2,20 @@
 
 import json
 
+import fake
 import jax
 import numpy as np
 import pytest
 import streams
 import training
+from test_report import HEAD
 
 import longlive_jax
 from longlive_jax import bench_train, cli
 from longlive_jax.errors import InputError
+from longlive_jax.report import head
+
+SCORES = 4 * (2 * 4 * 4) ** 2 * 8  # float32, 8 heads, 4 clean and 4 noisy frames of 4 tokens
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +25,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(bench_train, "DENSE", 4)
+    monkeypatch.setattr(bench_train, "LENGTH", 4)
+    monkeypatch.setattr(bench_train, "DENSE", SCORES)
     monkeypatch.setattr(jax, "jit", streams.jit)
 
 
 def measured(model, **changes):
-    asked = dict(seconds=1.0, repeat=1, seed=0, steps=None, batch=1, ranks=(1, 2)) | changes
+    asked = dict(seconds=1.0, repeat=1, seed=0, batch=1, ranks=(1, 2)) | changes
     return bench_train.run(model, **asked)
 
 
@@ -34,15 +40,17 @@ def test_every_way_is_measured(model):
     found = measured(model)
     assert (found.latents, found.batch, found.devices) == (4, 1, 8)
     assert list(found.spread) == ["plain 1", "balanced 1", "plain 2", "balanced 2"]
+    assert found.refused == {}
     assert found.spread["balanced 1"].ratio == 1.0
     for spread in found.spread.values():
         assert min(spread.step_s, spread.encode_s, spread.halo_s) > 0
     assert list(found.remat) == ["all", "dots", "nothing"]
     assert min(step.temporary_bytes for step in found.remat.values()) > 0
     assert list(found.attention) == ["xla 2", "reference 2", "xla 4", "reference 4", "xla 8"]
-    scores = 4 * (2 * 4 * 4) ** 2 * 8  # float32, 8 heads, 8 frames of 4 tokens
-    assert found.attention["reference 4"].forward_bytes >= scores
-    assert json.loads(found.to_json())["spread"]["plain 2"]["ratio"] > 0
+    assert found.attention["reference 4"].forward_bytes >= SCORES
+    said = json.loads(found.to_json())
+    assert said["spread"]["plain 2"]["ratio"] > 0
+    assert list(said)[: len(HEAD)] == list(HEAD) and said["suite"] == "train"
 
 
 def test_every_way_of_encoding_gives_the_same_latents(model):
@@ -59,15 +67,33 @@ def test_a_sequence_of_fewer_chunks_than_ranks_is_refused(model):
         measured(model, seconds=0.07)
 
 
+def test_what_does_not_fit_is_named():
+    refused = {}
+
+    def full():
+        raise MemoryError("needs 9.00 GB")
+
+    def wrong():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    assert bench_train.attempt(refused, "one", lambda x: x, 5) == 5
+    assert bench_train.attempt(refused, "remat all", full) is None
+    assert refused == {"remat all": "needs 9.00 GB"}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        bench_train.attempt(refused, "two", wrong)
+
+
 def test_the_command_asks_for_it(tmp_path, monkeypatch, capsys):
     asked = {}
 
     def run(model, **given):
         asked.update(given)
-        return bench_train.TrainReport("fake", 4, 1, 2, {}, {}, {}, "cpu", 1, {})
+        return bench_train.TrainReport(**head("train", model, 0), **facts)
 
+    facts = dict(latents=4, batch=1, repeats=2, spread={}, remat={}, attention={})
+    facts |= dict(refused={}, devices=1)
     monkeypatch.setattr(bench_train, "run", run)
     arguments = ["bench", "--suite", "train", "--repeat", "2", "--json", "-"]
-    assert cli.run(arguments, load=lambda name: name) == 0
-    assert asked == dict(seconds=12.0, repeat=2, seed=0, steps=None)
+    assert cli.run(arguments, load=lambda name: fake.Model()) == 0
+    assert asked == dict(seconds=12.0, repeat=2, seed=0)
     assert json.loads(capsys.readouterr().out)["latents"] == 4

@@ -1,15 +1,27 @@
 """The report: every rate against numbers worked out by hand."""
 
+import dataclasses
 import json
+import os
 
 import fake
 import jax
 import jax.numpy as jnp
 import pytest
 
-from longlive_jax import bench, report
+from longlive_jax import bench, bench_ceiling, gpus, report
+from longlive_jax.config import WAN21_T2V_1_3B, WAN22_TI2V_5B, Precision
 
-SCHEMA = {
+HEAD = {
+    "suite": str,
+    "model": str,
+    "weights": str,
+    "seed": int,
+    "device": str,
+    "versions": dict,
+    "command": str,
+}
+SCHEMA = HEAD | {
     "frames": int,
     "width": int,
     "height": int,
@@ -22,11 +34,12 @@ SCHEMA = {
     "switches": list,
     "peak_memory_bytes": int,
     "compile_s": float,
-    "device": str,
-    "versions": dict,
-    "seed": int,
     "steps": int,
     "warmup_chunks": int,
+    "window": int,
+    "chunk_flops": float,
+    "ceiling_fps": float | None,
+    "of_ceiling": float | None,
 }
 
 
@@ -70,6 +83,44 @@ def test_warmup_is_left_out_of_every_rate():
     assert (data["seed"], data["steps"], data["compile_s"]) == (7, 4, 1.5)
     assert data["fps"] == 16
     assert data["warmup_chunks"] == 2
+    assert (data["suite"], data["model"], data["weights"]) == ("generate", "fake", "fake")
+    assert data["command"].split()[0] and "/" not in data["command"].split()[0]
+    assert (data["ceiling_fps"], data["of_ceiling"]) == (None, None)  # of a CPU
+
+
+def test_the_work_of_a_chunk_is_that_of_the_design():
+    """TFLOP of a forward of a chunk with the window full, and FPS at 989 TFLOP/s."""
+    for cfg, forward, fps in ((WAN21_T2V_1_3B, 28.3, 84), (WAN22_TI2V_5B, 135.5, 47)):
+        whole = bench_ceiling.forward_flops(cfg, cfg.stream.window)
+        assert round(whole / 1e12, 1) == forward
+        made = bench_ceiling.chunk_flops(cfg, 4)
+        assert made == 5 * whole
+        assert round(cfg.frames_per_chunk * 989e12 / made) == fps
+    fewer = dataclasses.replace(WAN22_TI2V_5B, precision=Precision.of("nvfp4"))
+    assert bench_ceiling.chunk_flops(fewer, 4) == made
+
+
+def test_the_share_of_the_ceiling_counts_what_each_chunk_attends(monkeypatch):
+    """With a peak of 1 GFLOP/s: the third and the fourth chunk attend 9 and 12 latent frames."""
+    monkeypatch.setattr(gpus, "PEAKS", {"cpu": 1e9})
+    summary = bench.summarise([watch(MARKS, 24.5)], 2, compile_s=0.0, seed=0)
+    work = 5 * sum(bench_ceiling.forward_flops(fake.CONFIG, frames) for frames in (9, 12))
+    assert summary.of_ceiling == pytest.approx(work / 0.6 / 1e9)
+    assert summary.ceiling_fps == pytest.approx(24 / (work / 1e9))
+    assert summary.denoise_fps / summary.ceiling_fps == pytest.approx(summary.of_ceiling)
+    assert summary.chunk_flops == 5 * bench_ceiling.forward_flops(fake.CONFIG, 12)
+
+
+def test_memory_that_is_free_is_less_than_the_machine_has():
+    assert 2**25 < report.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_program_without_room_is_refused(monkeypatch):
+    program = jax.jit(lambda x: x + 1).lower(jnp.ones(1000)).compile()
+    report.check_room(program)
+    monkeypatch.setattr(report, "free_memory", lambda: 3999)
+    with pytest.raises(MemoryError, match="needs 0.00 GB"):
+        report.check_room(program)
 
 
 def test_several_videos_are_pooled():
@@ -101,6 +152,19 @@ def test_the_clock_counts_compilations_and_stops():
 
 def test_peak_memory_is_that_of_a_running_process():
     assert 2**25 < report.peak_memory() < 2**40
+
+
+@pytest.mark.parametrize(("change", "kinds"), [("cut", ["cut"]), ("none", [])])
+def test_a_measured_video_has_the_change_that_was_asked_for(change, kinds):
+    model = fake.Model()
+    summary = bench.run(model, seconds=2.0, repeat=1, seed=0, steps=None, change=change)
+    _, (_, seconds, *_, events) = model.calls
+    assert (seconds, [event.kind for event in events]) == (2.0, kinds)
+    assert len(summary.switches) == len(kinds)
+
+
+def test_without_a_change_one_chunk_is_enough():
+    bench.run(fake.Model(), seconds=0.5, repeat=1, seed=0, steps=None, change="none")
 
 
 def test_bench_measures_each_repeat_after_a_warmup():

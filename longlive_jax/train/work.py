@@ -75,7 +75,7 @@ def of_ways(cfg: ModelConfig, latents: int, ranks: int) -> dict[str, Work]:
 def _work(cfg: ModelConfig, length: int, order: Order, latents: tuple[int, ...]) -> Work:
     """latents: that each rank's VAE encodes."""
     video, ranks, frame = mask.clean(length, cfg.stream.chunk), len(latents), cfg.tokens_per_frame
-    linear = LINEAR * 2 * length * frame * _per_token(cfg)
+    linear = LINEAR * 2 * length * frame * per_token(cfg)
     pairs = int(order.table(video).sum()) * frame**2
     attention = ATTENTION * 4 * cfg.dit.dim * cfg.dit.layers * pairs
     noisy = np.array(order.labels(video).noisy).reshape(ranks, -1).sum(1)
@@ -88,7 +88,7 @@ def _work(cfg: ModelConfig, length: int, order: Order, latents: tuple[int, ...])
     )
 
 
-def _per_token(config: ModelConfig) -> float:
+def per_token(config: ModelConfig) -> float:
     """FLOPs of a token's products with weights and text in the forward."""
     cfg, flat = config.dit, weights.flatten(footprint.dit(config))
     text = ("cross_attn.k.", "cross_attn.v.")

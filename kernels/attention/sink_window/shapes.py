@@ -74,8 +74,8 @@ def causal(frames: int, chunk: int) -> Bool[np.ndarray, "1 f slots"]:
 
 
 TINY = dict(heads=8, width=32, tokens=16)
-WAN_1_3B = dict(heads=12, width=128, tokens=1560)
-WAN_5B = dict(heads=24, width=128, tokens=880)
+WAN_1_3B = dict(heads=12, width=128, tokens=30 * 52)
+WAN_5B = dict(heads=24, width=128, tokens=22 * 40)
 
 # A chunk over a full window, over one that fills, and the first of all.
 CHUNKS = {

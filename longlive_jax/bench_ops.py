@@ -1,0 +1,261 @@
+"""The kernels that are measured, as a table: which op, at which shapes, by which backends.
+
+A row is an op of `longlive_kernels`; its shapes and backends are the package's own lists, so what
+is added there is measured. What a `Case` counts is the least that the op must do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from longlive_kernels.nvfp4 import NVFP4
+from longlive_kernels.nvfp4.format import BLOCK
+
+PLAIN = {"made of the two": None}  # backends of an op that has none of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    make: operands, of a key. call: a backend and operands → the result. refuse: the same → why it
+    cannot run, or None. Both take `sm`, the architecture, where it is not the default device's.
+    flops: of matrix products. nbytes: what must be read and written once.
+    """
+
+    make: Callable[[Any], tuple]
+    call: Callable[..., Any]
+    refuse: Callable[..., str | None]
+    flops: float
+    nbytes: float
+
+    def abstract(self) -> tuple:
+        """The operands by shape."""
+        return jax.eval_shape(self.make, jax.random.key(0))
+
+    def refusal(self, backend: Any, **given: int) -> str | None:
+        """Why that backend cannot run the case; None if it can."""
+        said = []
+        jax.eval_shape(lambda *x: said.append(self.refuse(backend, *x, **given)), *self.abstract())
+        return said[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A row. package: of its shapes. api: where its backends are listed; None if it has none.
+    fits: which shapes are its own. case: of a shape and the type of numbers.
+    """
+
+    name: str
+    package: str
+    case: Callable[[Any, Any], Case]
+    api: str | None
+    fits: Callable[[str, Any], bool] = lambda name, shape: True
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        every = importlib.import_module(f"{self.package}.shapes").SHAPES
+        return {name: shape for name, shape in every.items() if self.fits(name, shape)}
+
+    @property
+    def backends(self) -> Mapping[str, Any]:
+        """The best first."""
+        return PLAIN if self.api is None else importlib.import_module(self.api).BACKENDS
+
+    @property
+    def there(self) -> bool:
+        """Whether the package has it."""
+        return importlib.util.find_spec(f"{self.package}.shapes") is not None
+
+
+def at(function: Callable, sm: int | None) -> Callable:
+    """`function` for that architecture, where it asks for one."""
+    asks = sm is not None and "sm" in inspect.signature(function).parameters
+    return functools.partial(function, sm=sm) if asks else function
+
+
+def normal(key: Any, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> tuple:
+    """Random numbers of these shapes."""
+    keys = jax.random.split(key, len(shapes))
+    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def nvfp4(key: Any, shape: tuple[int, ...]) -> NVFP4:
+    """A random quantised matrix, or a stack of them."""
+    *stack, rows, columns = shape
+    scales = jnp.full((*stack, rows, columns // BLOCK), 64, jnp.float8_e4m3fn)
+    packed = jax.random.bits(key, (*stack, rows, columns // 2), jnp.uint8)
+    return NVFP4(packed, scales, jnp.ones(tuple(stack)), "mse")
+
+
+def size(shape: tuple[int, ...], dtype: Any) -> float:
+    """Bytes; `dtype` NVFP4 counts values and scales."""
+    each = 0.5 + 1 / BLOCK if dtype is NVFP4 else jnp.dtype(dtype).itemsize
+    return float(math.prod(shape) * each)
+
+
+def chunk_table(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
+    """Training attention; its gradient with the forward that it needs."""
+    shapes = (shape.queries, shape.keys, shape.keys) + (shape.queries,) * gradient
+    pairs = float(shape.table.array.sum()) * shape.tokens**2 * shape.batch
+
+    def call(backend, q, k, v, *grad, sm=None):
+        attend = lambda q, k, v: at(backend.attend, sm)(q, k, v, shape.table)  # noqa: E731
+        return jax.vjp(attend, q, k, v)[1](*grad) if gradient else attend(q, k, v)
+
+    def refuse(backend, q, k, v, *_, sm=None):
+        return at(backend.unsupported, sm)(q, k, v, shape.table)
+
+    return Case(
+        make=lambda key: normal(key, shapes, dtype),
+        call=call,
+        refuse=refuse,
+        # Two products forward, five for the gradient (arXiv 2307.08691 section 3.1).
+        flops=4.0 * shape.heads * shape.width * pairs * (3.5 if gradient else 1),
+        nbytes=(2 if gradient else 1) * 2 * (size(shape.queries, dtype) + size(shape.keys, dtype)),
+    )
+
+
+def quantize(shape: Any, dtype: Any) -> Case:
+    """The largest magnitude is found first, as for who calls the op."""
+    from longlive_kernels.nvfp4.quantize import largest
+
+    how = dict(tile=shape.tile, transpose=shape.transpose)
+
+    def options(x, signs):
+        signs = signs if shape.rotate else None
+        amax = largest(x, transpose=shape.transpose, signs=signs)
+        return dict(rule="mse", signs=signs, draws=None, amax=amax) | how
+
+    def call(backend, x, signs, sm=None):
+        return at(backend.quantize, sm)(x, **options(x, signs))
+
+    def refuse(backend, x, signs, sm=None):
+        return at(backend.unsupported, sm)(x, **options(x, signs))
+
+    def make(key):
+        return *normal(key, (shape.x,), dtype), jax.random.rademacher(key, (BLOCK,), jnp.float32)
+
+    return Case(make, call, refuse, 0.0, size(shape.x, dtype) + size(shape.x, NVFP4))
+
+
+def matmul(shape: Any, dtype: Any, *, mixed: bool = False) -> Case:
+    """mixed: one operand is as it is (W4A16)."""
+    name = "matmul_w4a16" if mixed else "matmul"
+
+    def make(key):
+        one, two = jax.random.split(key)
+        a = normal(one, (shape.a,), dtype)[0] if mixed else nvfp4(one, shape.a)
+        return a, nvfp4(two, shape.b)
+
+    def call(backend, a, b, sm=None):
+        return at(getattr(backend, name), sm)(a, b, dtype)
+
+    def refuse(backend, a, b, sm=None):
+        return at(backend.unsupported, sm)(a, b, dtype)
+
+    out = (*shape.batch, shape.m, shape.n)
+    read = size(shape.a, dtype if mixed else NVFP4) + size(shape.b, NVFP4)
+    flops = 2.0 * math.prod(shape.batch) * shape.m * shape.n * shape.k
+    return Case(make, call, refuse, flops, read + size(out, dtype))
+
+
+def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
+    """A layer of NVFP4 training over a kernel in float32."""
+    from longlive_kernels.nvfp4.linear import linear as layer
+
+    def make(key):
+        one, two = jax.random.split(key)
+        kernel = normal(two, ((shape.k, shape.n),), jnp.float32)
+        return normal(one, (shape.a, (shape.m, shape.n))[: 1 + gradient], dtype) + kernel
+
+    def call(backend, x, *rest, sm=None):
+        *grad, kernel = rest
+        run = lambda x, kernel: layer(x, kernel, jax.random.key(0))  # noqa: E731
+        return jax.vjp(run, x, kernel)[1](*grad) if gradient else run(x, kernel)
+
+    kernel, out = (shape.k, shape.n), (shape.m, shape.n)
+    nbytes = size(shape.a, dtype) + size(kernel, jnp.float32) + size(out, dtype)
+    flops = 2.0 * shape.m * shape.n * shape.k
+    more = 3 if gradient else 1
+    return Case(make, call, lambda *_, **__: None, more * flops, more * nbytes)
+
+
+def sink_window(shape: Any, dtype: Any) -> Case:
+    """Attention of a chunk over a slot table of several layers, kept in the type of the model."""
+    from longlive_kernels.attention.sink_window.call import Call
+
+    rows, _, slots = shape.table.shape
+    phases = (rows, slots * shape.tokens, shape.width // 2)
+    window = float(shape.table.any(1).sum()) * shape.tokens * shape.heads * shape.width
+
+    def make(key):
+        more = (phases,) if shape.relative else ()
+        return normal(key, (shape.queries, shape.keys, shape.keys, *more), dtype)
+
+    def asked(q, k, v, *read):
+        layer, read = jnp.int32(shape.layers - 1), [x.astype(jnp.float32) for x in read]
+        return Call(q, k, v, jnp.asarray(shape.table), layer, *read)
+
+    return Case(
+        make=make,
+        call=lambda backend, *x, sm=None: at(backend.attend, sm)(asked(*x)),
+        refuse=lambda backend, *x, sm=None: at(backend.unsupported, sm)(asked(*x)),
+        flops=float(shape.flops),
+        nbytes=2 * size(shape.queries, dtype) + 2 * window * jnp.dtype(dtype).itemsize,
+    )
+
+
+def _one_matrix(name: str, shape: Any) -> bool:
+    return not shape.batch
+
+
+def _layer(name: str, shape: Any) -> bool:
+    """A whole layer, not the products of its gradient; sides are whole blocks."""
+    blocks = shape.n % BLOCK == 0 and shape.k % BLOCK == 0
+    return not name.endswith(("_dgrad", "_wgrad")) and not shape.batch and blocks
+
+
+_ATTENTION, _NVFP4 = "longlive_kernels.attention", "longlive_kernels.nvfp4"
+_TABLE, _PRODUCT = f"{_ATTENTION}.chunk_table", f"{_NVFP4}.matmul"
+_SLOTS, _QUANTISER = f"{_ATTENTION}.sink_window", f"{_NVFP4}.quantize"
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("attention/chunk_table", _TABLE, chunk_table, f"{_TABLE}.api"),
+        Op(
+            "attention/chunk_table gradient",
+            _TABLE,
+            functools.partial(chunk_table, gradient=True),
+            f"{_TABLE}.api",
+        ),
+        Op("attention/sink_window", _SLOTS, sink_window, f"{_SLOTS}.api"),
+        Op("nvfp4/quantize", _QUANTISER, quantize, f"{_QUANTISER}.api"),
+        Op("nvfp4/matmul", _PRODUCT, matmul, f"{_PRODUCT}.api"),
+        Op(
+            "nvfp4/matmul_w4a16",
+            _PRODUCT,
+            functools.partial(matmul, mixed=True),
+            f"{_PRODUCT}.api",
+            _one_matrix,
+        ),
+        Op("nvfp4/linear", _PRODUCT, linear, None, _layer),
+        Op(
+            "nvfp4/linear gradient",
+            _PRODUCT,
+            functools.partial(linear, gradient=True),
+            None,
+            _layer,
+        ),
+    )
+}
