@@ -77,12 +77,13 @@ def network(cfg: ModelConfig, kind: str, mesh: Mesh):
     return jax.tree.map_with_path(place, dit)
 
 
-def plot(cfg: ModelConfig, batch: int, mesh: Mesh) -> Plot:
+def plot(cfg: ModelConfig, batch: int, mesh: Mesh) -> tuple:
+    """The parts of a `Plot` by shape."""
     where = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     of = lambda kind, *shape: jax.ShapeDtypeStruct((batch, *shape), kind, sharding=where)  # noqa: E731
     text = (cfg.dit.text_len, cfg.dit.text_dim)
     flags_ = (of(jnp.bool_, 4), of(jnp.bool_, 4))
-    return Plot(of(jnp.float32, 2, *text), of(jnp.float32, *text), of(jnp.int32, 4), *flags_)
+    return of(jnp.float32, 2, *text), of(jnp.float32, *text), of(jnp.int32, 4), *flags_
 
 
 def peak(row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int) -> dict[str, int]:
@@ -109,8 +110,13 @@ def peak(row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int) -> dict[str, int
     )
     found = {}
     for which in ("student", "critic"):
-        step = program.compile(which, frozen, begins=True, goes_on=False)
-        compiled = step.lower(state, frozen, plot(cfg, count, mesh), key).compile()
+        step = getattr(program, f"{which}_step")
+
+        def run(state, frozen, given, key, step=step):
+            return step(state, frozen, Plot(*given), key, begins=True, goes_on=False)
+
+        made = jax.jit(run, donate_argnums=0, out_shardings=(places, None, None))
+        compiled = made.lower(state, frozen, plot(cfg, count, mesh), key).compile()
         found[which] = compiled.memory_analysis().peak_memory_in_bytes
         logging.info("%s, %s: %.1f GB", row.name, which, found[which] / 1e9)
     return found

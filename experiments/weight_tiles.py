@@ -1,12 +1,14 @@
-"""What inference in other tiles than training's costs: NVFP4 weights with a scale for 1 x 16 numbers
-(inference of LongLive 2.0) and for 16 x 16 (its training), on Gaussian weights and on a model's.
+"""What inference in other tiles than training's costs: NVFP4 weights with a scale for 1 x 16
+numbers (inference of LongLive 2.0) and for 16 x 16 (its training), of Gaussian weights and a
+model's.
 
 python experiments/weight_tiles.py
 
-Numbers are norms of differences over norms. Of blocks it is what a block adds to its input, which
-is a chunk-causal forward of the model's own video under noise; only weights are quantised.
+Numbers are norms of differences over norms. Of blocks it is what a block adds to its input, in a
+chunk-causal forward of the model's own video under noise; weights alone are quantised.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -28,45 +30,34 @@ _MODEL = flags.DEFINE_string("model", "tiny", "A model's name or folder.")
 _PROMPT = flags.DEFINE_string("prompt", "a red circle moves left over a black background", "")
 
 INFERENCE = Precision.of("nvfp4", weights_only=True)
-TRAINING = Precision.of("nvfp4", weights_only=True, tile=16)
 WAYS = {
-    "mse, 1 x 16": INFERENCE,
-    "mse, 16 x 16": TRAINING,
-    "static_6, 1 x 16": Precision.of("nvfp4", weights_only=True, rule="static_6"),
-    "static_6, 16 x 16": Precision.of("nvfp4", weights_only=True, tile=16, rule="static_6"),
+    f"{rule}, {tile} x 16": dataclasses.replace(INFERENCE, rule=rule, tile=tile)
+    for rule in ("mse", "static_6")
+    for tile in (1, 16)
 }
+# Of the same weights: how far what infers is from what was trained (LongLive 2.0's two recipes).
+PAIRS = (("mse, 1 x 16", "mse, 16 x 16"), ("mse, 1 x 16", "static_6, 16 x 16"))
 NOISE = (0.3, 0.6, 0.9)  # shares of noise in the video
 
 
 def main(_):
     model = longlive_jax.load(_MODEL.value)
-    plain = weights.flatten(model.dit)
-    own = [plain[path + transformer.SUFFIX] for path in transformer.kinds(INFERENCE)]
+    flat = weights.flatten(model.dit)
+    own = [flat[path + transformer.SUFFIX] for path in transformer.kinds(INFERENCE)]
     gaussian = [jax.random.normal(jax.random.key(0), (1536, 1536))]
-    blocks = traced(model)
-    results = {
-        "Gaussian weights": {name: stored(gaussian, how) for name, how in WAYS.items()},
-        f"weights of {_MODEL.value}": {name: stored(own, how) for name, how in WAYS.items()},
-        "what its blocks add": {name: blocks(quantised(model, how)) for name, how in WAYS.items()},
+    added = traced(model)
+    exact = [gaussian, own, added(model.dit)]
+    made = {
+        name: [stored(gaussian, how), stored(own, how), added(quantised(model, how))]
+        for name, how in WAYS.items()
     }
-    exact = {
-        "Gaussian weights": gaussian,
-        f"weights of {_MODEL.value}": own,
-        "what its blocks add": blocks(model.dit),
-    }
-    table = Table("", *(f"{name} to exact" for name in WAYS), *PAIRS)
-    for row, ways in results.items():
-        numbers = [relative(found, exact[row]) for found in ways.values()]
-        numbers += [relative(ways[a], ways[b]) for a, b in PAIRS.values()]
-        table.add_row(row, *(f"{number:.4f}" for number in numbers))
-    Console(width=160).print(table)
-
-
-# Of the same master weights: how far inference is from what was trained.
-PAIRS = {
-    "mse, 1 x 16 to 16 x 16": ("mse, 1 x 16", "mse, 16 x 16"),
-    "mse, 1 x 16 to static_6, 16 x 16": ("mse, 1 x 16", "static_6, 16 x 16"),
-}
+    rows = {f"{name}: to exact": (made[name], exact) for name in WAYS}
+    rows |= {f"{a}: to {b}": (made[a], made[b]) for a, b in PAIRS}
+    table = Table("", "Gaussian weights", f"weights of {_MODEL.value}", "what its blocks add")
+    for name, both in rows.items():
+        errors = (relative(*columns) for columns in zip(*both, strict=True))
+        table.add_row(name, *(f"{error:.3f}" for error in errors))
+    Console().print(table)
 
 
 def relative(ours: list, theirs: list) -> float:
@@ -75,9 +66,9 @@ def relative(ours: list, theirs: list) -> float:
     return (apart / sum(float(jnp.sum(y**2)) for y in theirs)) ** 0.5
 
 
-def stored(kernels_: list, how: Precision) -> list:
+def stored(plain: list, how: Precision) -> list:
     make = jax.jit(functools.partial(kernels.make, kind="nvfp4", how=how))
-    return [make(kernel).dense() for kernel in kernels_]
+    return [make(kernel).dense() for kernel in plain]
 
 
 def quantised(model, how: Precision):
@@ -85,7 +76,7 @@ def quantised(model, how: Precision):
 
 
 def traced(model):
-    """A function of a transformer: what each of its blocks adds, to what the exact one has there."""
+    """A function of a transformer: what each of its blocks adds, given what the exact one is."""
     cfg, stream = model.config, model.config.stream
     session = model.session(_PROMPT.value, seed=0)
     while session.frame < cfg.frames_per_chunk * stream.window // stream.chunk:

@@ -1,14 +1,17 @@
-"""What may carry out each operation, and why one is chosen and the others are not.
+"""What may carry out each operation, and why one is chosen and the others are not; what runs in
+fewer bits, on which architecture and how.
 
-A table, first choice first: what is built later is a row more. `kernels/README.md` is the inventory
-of the kernels that are in the package.
+Tables, first choice first: what is built later is a row more. That of low-bit kernels is
+`longlive_kernels.inventory`, which `kernels/README.md` shows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from longlive_jax.gpus import ARCHITECTURES
+from longlive_kernels import inventory
+
+from longlive_jax.gpus import ARCHITECTURES, Architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Backend:
     name: str
     architectures: tuple[str, ...] = ()  # that it needs; none: it runs everywhere
     built: bool = True
-    trusted: bool = True  # run on a device or simulated; else compiled only, and never a default
+    untried: str = ""  # how far it has come where it has not run on a device: it is no default
 
     def why_not(self, platform: str | None, architecture: str | None) -> str:
         """The reason that keeps it from running there; empty if none does."""
@@ -31,7 +34,21 @@ class Backend:
             return f"needs a GPU of {', '.join(self.architectures)}"
         if self.architectures and architecture not in self.architectures:
             return f"needs {', '.join(self.architectures)}; this is {architecture}"
-        return "" if self.trusted else "compiled only: never a default"
+        return self.untried and f"{self.untried}: never a default"
+
+
+PRODUCTS = ("W4A4", "W4A16")  # of two four-bit matrices, and of one with numbers as they are
+
+
+def _products(product: str) -> tuple[Backend, ...]:
+    """Those of an NVFP4 product; what needs hardware first."""
+    entries = [e for e in inventory.LOW_BIT if e.op == "nvfp4/matmul" and e.product == product]
+    kernels = (
+        Backend(f"nvfp4 {product}, bf16", e.backend, e.architectures, True, e.state)
+        for e in entries
+    )
+    plain = (Backend(f"nvfp4 {product}, bf16", name) for name in ("xla", "reference"))
+    return (*kernels, *plain)
 
 
 BACKENDS = (
@@ -39,8 +56,7 @@ BACKENDS = (
     Backend("attention", "mosaic_gpu", ("sm_90", "sm_100"), built=False),
     Backend("attention", "xla"),
     Backend("matrix products", "xla"),
-    Backend("nvfp4 products", "cudnn", ("sm_100", "sm_103"), trusted=False),
-    Backend("nvfp4 products", "reference"),
+    *(backend for product in PRODUCTS for backend in _products(product)),
     Backend("KV cache", "xla"),
     Backend("VAE decode", "xla"),
     Backend("text encoder", "xla"),
@@ -56,6 +72,32 @@ TYPES = {
 }
 
 EMULATED = "not in its tensor cores: products are emulated, memory is saved all the same"
+
+_SAVES = (
+    "operands are quantised, unpacked and multiplied in bfloat16, which saves memory but no time;"
+    " --weights_only multiplies what comes in as it is"
+)
+
+
+def emulation(platform: str, architecture: str | None) -> str:
+    """What whoever multiplies two four-bit matrices on a GPU should know; empty on CPUs, where
+    nobody expects another thing.
+    """
+    if platform != "gpu":
+        return ""
+    here = architecture or "this GPU"
+    if not _units(architecture, "nvfp4"):
+        return f"nvfp4 products are emulated on {here}, which has no FP4 units: {_SAVES}"
+    return (
+        f"nvfp4 products are emulated on {here}, as no kernel for its FP4 units has run on a device"
+        f" yet: {_SAVES}"
+    )
+
+
+def _units(architecture: str | None, kind: str) -> bool:
+    known = ARCHITECTURES.get(architecture or "")
+    return known is not None and kind in known.types
+
 
 # What the tests have done for each architecture. Nothing has been run on a device so far.
 CHECKED = dict.fromkeys(ARCHITECTURES, "a matrix product compiled, not run") | dict.fromkeys(
@@ -100,3 +142,40 @@ def support() -> list[dict[str, str]]:
         }
         for arch in ARCHITECTURES.values()
     ]
+
+
+def low_bits() -> list[dict[str, str]]:
+    """One row per architecture, and one of CPUs: how what is kept in fewer bits runs there. Where
+    kernels have to be asked for, what runs without being asked stands first.
+    """
+    cpu = {
+        "on": "CPU",
+        **{product: _default(product, None) for product in PRODUCTS},
+        **dict.fromkeys(("fp8 products", "int8 products"), f"emulated, {inventory.RUN}"),
+        "KV cache": _CACHE.format(inventory.RUN),
+    }
+    return [cpu, *(_low_bits(arch) for arch in ARCHITECTURES.values())]
+
+
+_CACHE = "kept, attended unpacked, {}"
+
+
+def _low_bits(arch: Architecture) -> dict[str, str]:
+    row = {"on": f"{arch.name} ({arch.what.split(':')[0]})"}
+    for product in PRODUCTS:
+        entries = [e for e in inventory.LOW_BIT if e.product == product]
+        named = [f"{e.backend} {e.row[-1]}" for e in entries if arch.name in e.architectures]
+        asked = f"by name: {', '.join(named)}" if named else ""
+        if product == "W4A4" and "nvfp4" not in arch.types:
+            asked = "units refused: it has none"
+        row[product] = "; ".join(filter(None, (_default(product, arch), asked)))
+    for kind in ("fp8", "int8"):
+        how = "in its units" if kind in arch.types else "emulated"
+        row[f"{kind} products"] = f"{how}, {inventory.COMPILED}"
+    return row | {"KV cache": _CACHE.format(inventory.COMPILED)}
+
+
+def _default(product: str, arch: Architecture | None) -> str:
+    """Of what runs without being asked for: XLA's own product of unpacked matrices."""
+    state = inventory.RUN if arch is None else inventory.COMPILED
+    return f"emulated (xla), {state}" if product == "W4A4" else f"unpacked (xla), {state}"

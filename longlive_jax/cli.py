@@ -6,11 +6,13 @@ Nothing here imports JAX until the flags have been read, so that bad input is an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -28,7 +30,7 @@ from longlive_jax.commands import (
     quantize,
 )
 from longlive_jax.commands.shared import Load
-from longlive_jax.errors import InputError
+from longlive_jax.errors import EmulationWarning, InputError
 from longlive_jax.version import __version__
 
 HELP = ("-h", "--help", "help")
@@ -135,7 +137,8 @@ def dispatch(arguments: Sequence[str], load: Load) -> None:
 def run(arguments: Sequence[str], load: Load = load_model) -> int:
     """Runs the command and returns its exit code; `load` is what makes a model of a name."""
     try:
-        dispatch(arguments, load)
+        with _sentences():
+            dispatch(arguments, load)
     except InputError as error:
         sys.stderr.write(f"longlive: {' '.join(str(error).split())}\n")
         return 2
@@ -143,6 +146,22 @@ def run(arguments: Sequence[str], load: Load = load_model) -> int:
         sys.stderr.write("longlive: stopped\n")
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """What we warn of is a sentence on stderr, as errors are."""
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, EmulationWarning):
+            sys.stderr.write(f"longlive: {message}\n")
+        else:
+            usual(message, category, *where)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def main() -> None:

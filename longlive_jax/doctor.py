@@ -385,6 +385,7 @@ def to_json(facts: Facts, checks: list[Check]) -> str:
         "checks": [dataclasses.asdict(check) for check in checks],
         "precisions": backends.precisions(facts.platform, facts.architecture),
         "implementations": backends.table(facts.platform, facts.architecture),
+        "low_bits": backends.low_bits(),
         "architectures": backends.support(),
     }
     return json.dumps(body, indent=2) + "\n"
@@ -405,6 +406,7 @@ def show(facts: Facts, checks: list[Check]) -> None:
         ("precisions here", backends.precisions(*where)),
         ("operations here", backends.table(*where)),
         ("architectures", backends.support()),
+        ("fewer bits", backends.low_bits()),
     ):
         table = Table(*rows[0], title=title)
         for row in rows:

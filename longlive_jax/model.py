@@ -48,6 +48,7 @@ class Origin:
     name: str
     vae: str = "full"
     lora: str | None = None
+    weights_only: bool = False
     precision: Precision | None = None
 
 
@@ -106,7 +107,8 @@ class Model:
 
     def quantized(self, precision: str | Precision, **choices: Any) -> Model:
         """The transformer's matrices in fewer bits: "int8", "fp8" or "nvfp4" for all of its blocks,
-        with the other fields of `Precision`; or a `Precision` of layer by layer.
+        with the other fields of `Precision`; or a `Precision` of layer by layer. Warns where a GPU
+        only emulates what that says.
 
         Raises:
           InputError: there is no such value, it does not fit the matrices, or they are so already.
@@ -118,11 +120,27 @@ class Model:
                 precision = Precision.of(precision, **choices)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
+        transformer.tell(precision)
         made = functools.partial(transformer.quantize, how=precision)
         dit = jax.jit(made)(self.dit)
         cfg = dataclasses.replace(self.config, precision=precision)
         made_by = dataclasses.replace(self.origin, precision=precision)
         return dataclasses.replace(self, config=cfg, dit=dit, origin=made_by)
+
+    def adapted(self, lora: str | os.PathLike | None) -> Model:
+        """With a LoRA from a file beside the transformer's weights, in place of any that was there;
+        or with none.
+
+        Raises:
+          InputError: there is no LoRA, or it is of another model.
+        """
+        dit = loras.bare(self.dit)
+        if lora is not None:
+            dtype = dit.head.kernel[...].dtype
+            adapter = jax.tree.map(lambda x: jnp.array(x, dtype), loras.read(lora))
+            dit = loras.apply(dit, adapter)
+        origin = dataclasses.replace(self.origin, lora=None if lora is None else str(lora))
+        return dataclasses.replace(self, dit=dit, origin=origin)
 
     def prompt_kv(self, prompts: Sequence[str]) -> TextKV:
         """Cross-attention keys and values of one prompt per video, the unconditional rows after
@@ -174,6 +192,7 @@ def load(
     sharding: Sharding | None = None,
     vae: str = "full",
     lora: str | os.PathLike | None = None,
+    weights_only: bool = False,
 ) -> Model:
     """The model that ships with the package ("tiny"), or one in a folder: config.json, weights,
     tokenizer. Parameters go from the files to their devices one at a time.
@@ -182,12 +201,14 @@ def load(
     a parameter goes, of its part ("dit", "text", "vae"), path and shape; None is the default
     device. vae: "full", or the name of a faster decoder that the folder has ("light", "tae"). lora:
     a LoRA file that is applied unmerged, in place of the folder's own `lora.safetensors`.
+    weights_only: what is multiplied with matrices in fewer bits stays as it is. Warns where a GPU
+    only emulates what such a model says.
 
     Raises:
       InputError: there is no such model, or a part of it is missing or broken.
     """
     folder = folder_of(name)
-    cfg = read_config(folder)
+    cfg = _products(folder, read_config(folder), weights_only)
     decoder = _decoder(folder, cfg, vae)
     build = {
         "dit": lambda: _transformer(cfg),
@@ -218,7 +239,7 @@ def load(
         adapter = jax.tree.map(lambda x: jnp.array(x, dtype), adapter)
         parts["dit"] = loras.apply(parts["dit"], adapter)
     text = TextEncoder(parts["text"], words, cfg.dit.text_len)
-    origin = Origin(str(name), vae, None if lora is None else str(lora))
+    origin = Origin(str(name), vae, None if lora is None else str(lora), weights_only)
     return Model(cfg, parts["dit"], parts["vae"], text, origin)
 
 
@@ -229,6 +250,23 @@ def _transformer(cfg: ModelConfig) -> DiT:
     from longlive_jax.quant import transformer
 
     return transformer.quantize(dit, cfg.precision)
+
+
+def _products(folder: pathlib.Path, cfg: ModelConfig, weights_only: bool) -> ModelConfig:
+    """The config, with products of a kernel in fewer bits as they are asked for."""
+    from longlive_jax.quant import transformer
+
+    if weights_only and cfg.precision is None:
+        raise InputError(
+            "--weights_only says how --precision is meant: name that too, as the matrices of"
+            f' "{folder}" are in no fewer bits'
+        )
+    if weights_only:
+        precision = dataclasses.replace(cfg.precision, weights_only=True)
+        cfg = dataclasses.replace(cfg, precision=precision)
+    if cfg.precision is not None:
+        transformer.tell(cfg.precision)
+    return cfg
 
 
 def folder_of(name: str | os.PathLike) -> pathlib.Path:

@@ -118,7 +118,8 @@ def origin(folder: str | os.PathLike) -> Origin:
 
 def choices(made_by: Origin) -> dict[str, Any]:
     """The keywords of `load`."""
-    return {"vae": made_by.vae, "lora": made_by.lora}
+    said = {"vae": made_by.vae, "lora": made_by.lora}
+    return said | ({"weights_only": True} if made_by.weights_only else {})
 
 
 def _loaded(load: Callable[..., Model], made_by: Origin, dtype: Any) -> Model:

@@ -151,13 +151,16 @@ def place(abstract: M, tensors: Tensors, *, dtype, sharding: Sharding | None = N
         )
         for path, leaf in shapes.items()
     }
-    held = {path: _filled(leaf, path, put) for path, leaf in flat.items()}
-    return unflatten(abstract, held)
+    return unflatten(abstract, filled(flat, put))
 
 
-def _filled(leaf: Any, path: str, put: Mapping[str, jax.Array]) -> Any:
-    """`leaf` with its arrays."""
-    return jax.tree.map_with_path(lambda keys, _: put[path + jax.tree_util.keystr(keys)], leaf)
+def filled(flat: Mapping[str, Any], put: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat weights whose `arrays` these are; of `flat` only the shape is seen."""
+
+    def array(path: str, leaf: Any) -> Any:
+        return jax.tree.map_with_path(lambda keys, _: put[path + jax.tree_util.keystr(keys)], leaf)
+
+    return {path: array(path, leaf) for path, leaf in flat.items()}
 
 
 def _to_device(x: np.ndarray, dtype, sharding: jax.sharding.Sharding | None = None) -> jax.Array:

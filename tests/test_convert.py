@@ -2,24 +2,33 @@
 
 import dataclasses
 import errno
+import functools
 import gzip
+import itertools
 import json
 import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import small_wan
 import torch
+import training
 import wan
+from longlive_kernels.nvfp4 import NVFP4, RULES
+from longlive_kernels.nvfp4.format import swizzle
+from longlive_kernels.nvfp4.quantize import dequantize, quantize
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from test_dit import run as forward
 
 import longlive_jax
-from longlive_jax import cli, config, lora, weights
+from longlive_jax import cli, config, layers, lora, weights
 from longlive_jax.convert import family, nvfp4, run, table, wan_dit, wan_vae
+from longlive_jax.convert.lora import LINEARS
 from longlive_jax.convert.source import Stored, Tensors
 from longlive_jax.dit import mask
 from longlive_jax.errors import InputError
@@ -172,6 +181,181 @@ def test_nvfp4_file_reads_as_plain_weights(golden):
     np.testing.assert_allclose(
         got["model.blocks.0.ffn.0.weight"], case["out/normal_fp32_1d/dequant"], rtol=1e-6
     )
+
+
+BLOCKS = [path for path in LINEARS if path.startswith("blocks.")]
+
+
+@pytest.mark.parametrize("name", ["static_4", "static_6", "mse"])
+@pytest.mark.parametrize("kind", ["normal_fp32_1d", "heavy_fp32_2d"])
+def test_the_rule_is_told_by_the_scales(golden, name, kind):
+    """In the reference's bytes; what is cut out of them are the numbers that they were."""
+    case = golden("longlive2", f"11_nvfp4_{name}")
+    parts = [case[f"out/{kind}/{key}"] for key in ("packed", "scales_blocked", "amax")]
+    packed, scales, amax = nvfp4.matrix(*parts, np.array([128, 128, 128, 128]))
+    assert nvfp4.rule(packed, scales) == name
+    ours = dequantize(NVFP4(*map(jnp.asarray, (packed, scales, amax)), name))
+    np.testing.assert_allclose(ours, case[f"out/{kind}/dequant"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tile", [1, 16])
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_are_told_apart(rule, tile):
+    """Those that choose by error are read alike."""
+    quantized = jax.jit(functools.partial(quantize, rule=rule, tile=tile))
+    for seed in range(4):
+        x = jax.random.normal(jax.random.key(seed), (32, 64)) * 10.0 ** (4 * seed - 8)
+        q = quantized(x * jnp.exp(seed * jax.random.normal(jax.random.key(9), (32, 1))))
+        told = nvfp4.rule(np.asarray(q.packed), np.asarray(q.scales))
+        assert told == (rule if rule.startswith("static") else "mse")
+
+
+@pytest.mark.parametrize("largest", [128, 416])
+def test_scales_of_no_known_rule_are_refused(largest):
+    scales = np.full((16, 2), largest, ml_dtypes.float8_e4m3fn)
+    with pytest.raises(ValueError, match=f"a largest scale of {largest} is of no rule"):
+        nvfp4.rule(np.zeros((16, 16), np.uint8), scales)
+
+
+def pack(q) -> dict[str, np.ndarray]:
+    """The tensors of FourOverSix of one matrix, padded to 128 rows and 64 columns."""
+    rows, columns = q.shape
+    padding = -rows % 128, -columns % 64
+    packed = np.pad(q.packed, ((0, padding[0]), (0, padding[1] // 2)))
+    metadata = (rows, columns, rows + padding[0], columns + padding[1])
+    return {
+        "values": packed,
+        "scale_factors": np.asarray(swizzle(q.scales)),
+        "amax": np.asarray(q.amax).reshape(1),
+        "metadata": np.array(metadata, np.int32),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A whole model, 32 wide, of one block."""
+    return training.write_model(tmp_path_factory.mktemp("model"))
+
+
+def _official() -> list[str]:
+    return [row.source.format(i=0) for row in wan_dit.rows(training.SMALL.dit)]
+
+
+def packed_file(model, path, rules=("static_6",)) -> pathlib.Path:
+    """The transformer of a model as LongLive 2.0 publishes it: `model_4o6.pt`. rules: of its
+    matrices in turn.
+    """
+    held = weights.read(model, "dit")
+    pending = table.export_pending(held, wan_dit.rows(training.SMALL.dit))
+    linears = {module.format(i=0) for module, _ in (LINEARS[path] for path in BLOCKS)}
+    tensors, chosen = {}, itertools.cycle(rules)
+    for name, entry in pending.items():
+        module = name.removesuffix(".weight")
+        if module in linears and module != name:
+            q = quantize(jnp.asarray(entry.array()), rule=next(chosen))
+            parts = pack(q)
+            parts |= {f"transposed_{part}": x for part, x in parts.items()}
+            tensors |= {f"{module}.quantized_weight_{part}": x for part, x in parts.items()}
+        else:
+            tensors[name] = entry.array()
+    kinds = {np.dtype(ml_dtypes.float8_e4m3fn): torch.float8_e4m3fn}
+
+    def torched(x):
+        bits = torch.from_numpy(np.array(x).view(np.uint8) if x.dtype in kinds else np.array(x))
+        return bits.view(kinds[x.dtype]) if x.dtype in kinds else bits
+
+    generator = {f"model.{name}": torched(x) for name, x in tensors.items()}
+    torch.save({"generator": generator, "checkpoint_format": "longlive_generator_nvfp4"}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(plain, tmp_path_factory):
+    return packed_file(plain, tmp_path_factory.mktemp("packed") / "model_4o6.pt")
+
+
+def test_a_packed_file_stays_as_it_is(plain, packed, tmp_path):
+    """To the byte: the model is the one whose matrices were packed, and makes the same video."""
+    notes = run.convert([plain, packed], tmp_path / "ours")
+    assert len(notes) == 1 and "stay in NVFP4, to the byte; --dequantize" in notes[0]
+    loaded = longlive_jax.load(tmp_path / "ours")
+    assert loaded.config.precision == config.Precision.of("nvfp4", rule="static_6")
+    asked = longlive_jax.load(plain).quantized("nvfp4", rule="static_6")
+    ours, theirs = (weights.arrays(weights.flatten(x.dit)) for x in (loaded, asked))
+    assert small_wan.same(ours, {name: np.asarray(x) for name, x in theirs.items()})
+    frames = [x.session("a red circle").next_chunk() for x in (loaded, asked)]
+    np.testing.assert_array_equal(*frames)
+    shapes = {p: x.shape for p, x in weights.flatten(longlive_jax.load(plain).dit).items()}
+    expected = sum(4 + math.prod(shapes[f"{path}.kernel"]) * 9 // 16 for path in BLOCKS)
+    assert sum(x.nbytes for name, x in ours.items() if ".kernel." in name) == expected
+
+
+def test_a_packed_file_is_as_good_as_dequantised(plain, packed, tmp_path):
+    """Weights alone in four bits: a forward of both differs by the rounding of numbers to
+    bfloat16, in which the one is written, 2^-8 of each weight at most.
+    """
+    run.convert([plain, packed], tmp_path / "ours")
+    run.convert([plain, packed], tmp_path / "dense", dequantize=True)
+    assert (
+        config.from_json(json.loads((tmp_path / "dense/config.json").read_text())).precision is None
+    )
+    four = longlive_jax.load(tmp_path / "ours", weights_only=True)
+    dense = longlive_jax.load(tmp_path / "dense")
+    leaves = weights.flatten(four.dit), weights.flatten(dense.dit)
+    for path in BLOCKS:
+        ours, theirs = (x[f"{path}.kernel"] for x in leaves)
+        rounded = ours.dense().astype(jnp.bfloat16).astype(jnp.float32)
+        np.testing.assert_array_equal(rounded, theirs)
+        x = jax.random.normal(jax.random.key(0), (1, 5, ours.shape[1]))
+        y, z = layers.product(ours[0], x), layers.product(theirs[0], x)
+        assert jnp.linalg.norm(y - z) < 2**-8 * jnp.linalg.norm(z)
+
+
+def test_what_is_packed_is_unpacked_for_other_code(plain, packed, tmp_path):
+    """From the file, and from our folder of it; types that were asked for leave its parts alone."""
+    run.convert([plain, packed], tmp_path / "ours", dtype="bfloat16")
+    held = weights.read(tmp_path / "ours", "dit")
+    assert held.spec("blocks.ffn_in.kernel.amax").dtype == np.float32
+    assert held.spec("blocks.ffn_in.kernel.scales").dtype == ml_dtypes.float8_e4m3fn
+    assert held.spec("blocks.ffn_in.bias").dtype == ml_dtypes.bfloat16
+    run.convert([plain, packed], tmp_path / "dense", dtype="bfloat16", dequantize=True)
+    run.convert([tmp_path / "ours"], tmp_path / "again", dequantize=True)
+    want = weights.read(tmp_path / "dense", "dit")
+    assert small_wan.same(weights.read(tmp_path / "again", "dit"), dict(want))
+    run.convert([tmp_path / "ours"], tmp_path / "copy")
+    assert small_wan.same(weights.read(tmp_path / "copy", "dit"), dict(held))
+    assert (tmp_path / "copy/config.json").read_text() == (
+        tmp_path / "ours/config.json"
+    ).read_text()
+    run.convert([packed], tmp_path / "alone")
+    for source, to in ((packed, "one"), (tmp_path / "alone", "other")):
+        run.convert([source], tmp_path / to, layout="pytorch")
+    name = "diffusion_pytorch_model.safetensors"
+    one, other = (load_file(tmp_path / to / name) for to in ("one", "other"))
+    assert one.keys() == other.keys() == set(_official())
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_plain_transformer_takes_the_place_of_a_packed_one(plain, packed, tmp_path):
+    run.convert([plain, packed], tmp_path / "ours")
+    run.convert([tmp_path / "ours", plain], tmp_path / "made")
+    assert longlive_jax.load(tmp_path / "made").config.precision is None
+
+
+def test_what_one_model_cannot_keep_is_refused(plain, packed, tmp_path):
+    mixed = packed_file(plain, tmp_path / "mixed.pt", ("static_6", "mse"))
+    with pytest.raises(InputError, match="more than one rule.*--dequantize unpacks them"):
+        run.convert([plain, mixed], tmp_path / "ours")
+    run.convert([plain, mixed], tmp_path / "dense", dequantize=True)
+    content = torch.load(packed)
+    content["generator"]["model.blocks.0.ffn.0.quantized_weight_amax"] *= 0
+    scales = content["generator"]["model.blocks.0.ffn.0.quantized_weight_scale_factors"]
+    scales.copy_((scales.to(torch.float32) * 0.25).to(torch.float8_e4m3fn))
+    torch.save(content, tmp_path / "odd.pt")
+    for how in (False, True):
+        with pytest.raises(InputError, match="blocks.0.ffn.0.weight .* is of no rule"):
+            run.convert([plain, tmp_path / "odd.pt"], tmp_path / f"odd{how}", dequantize=how)
+    assert not (tmp_path / "ours").exists() and not (tmp_path / "oddFalse").exists()
 
 
 def test_a_folder_with_only_some_parts(tmp_path):

@@ -3,11 +3,17 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from longlive_kernels import inventory
+from longlive_kernels.nvfp4 import NVFP4
+from longlive_kernels.nvfp4.matmul import api as matmul_api
+from longlive_kernels.nvfp4.quantize import api as quantize_api
 
 import longlive_jax
 from longlive_jax import backends, cli, doctor
@@ -242,7 +248,8 @@ def test_this_machine_can_generate(capsys):
     assert {row["operation"]: row["chosen"] for row in data["implementations"]} == {
         "attention": "xla",
         "matrix products": "xla",
-        "nvfp4 products": "reference",
+        "nvfp4 W4A4, bf16": "xla",
+        "nvfp4 W4A16, bf16": "xla",
         "KV cache": "xla",
         "VAE decode": "xla",
         "text encoder": "xla",
@@ -317,8 +324,8 @@ def test_a_kernel_is_chosen_only_where_it_can_be_trusted(monkeypatch):
     assert kernel.why_not("cpu", None) == "needs a GPU of sm_90"
     assert kernel.why_not("gpu", "sm_89") == "needs sm_90; this is sm_89"
     assert kernel.why_not("gpu", "sm_90") == ""
-    unproven = dataclasses.replace(kernel, trusted=False)
-    assert unproven.why_not("gpu", "sm_90") == "compiled only: never a default"
+    unproven = dataclasses.replace(kernel, untried="simulated")
+    assert unproven.why_not("gpu", "sm_90") == "simulated: never a default"
     monkeypatch.setattr(backends, "BACKENDS", (kernel, *backends.BACKENDS))
     assert backends.table("gpu", "sm_90")[0]["chosen"] == "fast"
     assert backends.table("cpu", None)[0]["chosen"] == "xla"
@@ -334,6 +341,55 @@ def test_precisions_tell_models_from_hardware():
     }
     assert here["nvfp4"]["hardware"] == backends.EMULATED
     assert {row["models"] for row in backends.precisions(None, None)} == {"JAX does not start"}
+
+
+README = pathlib.Path(__file__).parents[1] / "kernels" / "README.md"
+
+
+def test_the_inventory_of_low_bit_kernels_is_that_of_the_readme():
+    ops = {entry.op for entry in inventory.LOW_BIT}
+    lines = [line for line in README.read_text().splitlines() if line.startswith("| `")]
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+    shown = [row for row in rows if row[0].split(",")[0].strip("`") in ops]
+    assert shown == [entry.row for entry in inventory.LOW_BIT]
+
+
+def test_the_inventory_has_every_backend_where_it_runs():
+    """What it says of architectures is what the backends say themselves."""
+    for op, module in (("nvfp4/matmul", matmul_api), ("nvfp4/quantize", quantize_api)):
+        entries = [entry for entry in inventory.LOW_BIT if entry.op == op]
+        assert {entry.backend for entry in entries} == set(module.BACKENDS)
+        assert next(iter(module.BACKENDS)) in {entry.backend for entry in entries if entry.plain}
+    four = NVFP4(jnp.zeros((128, 128), "uint8"), jnp.zeros((128, 16), "float8_e4m3fn"), 0.0, "mse")
+    operands = {"W4A4": four, "W4A16": jnp.zeros((128, 256), jnp.bfloat16)}
+    for entry in inventory.LOW_BIT:
+        if not entry.product:
+            continue
+        for arch in ARCHITECTURES:
+            call = operands[entry.product], four, jnp.bfloat16
+            reason = matmul_api.BACKENDS[entry.backend].unsupported(*call, sm=int(arch[3:]))
+            runs = reason is None or "jax_triton" in reason  # which is not installed everywhere
+            assert runs == (arch in entry.architectures), (entry.backend, arch, reason)
+
+
+def test_every_architecture_is_told_how_low_bits_run():
+    rows = {row["on"].split()[0]: row for row in backends.low_bits()}
+    assert list(rows) == ["CPU", *ARCHITECTURES]
+    assert rows["CPU"]["W4A4"] == "emulated (xla), run on device"
+    for name in ("sm_80", "sm_89", "sm_90"):
+        assert "units refused" in rows[name]["W4A4"]
+    assert "by name: wgmma simulated" in rows["sm_90"]["W4A16"]
+    assert "mosaic compiled only, cudnn compiled only" in rows["sm_100"]["W4A4"]
+    assert "mosaic" not in rows["sm_120"]["W4A4"]
+    assert rows["sm_80"]["fp8 products"] == "emulated, compiled only"
+    assert rows["sm_89"]["fp8 products"] == "in its units, compiled only"
+
+
+def test_emulation_is_told_on_gpus():
+    assert backends.emulation("cpu", None) == ""
+    hopper = backends.emulation("gpu", "sm_90")
+    assert "emulated on sm_90, which has no FP4 units" in hopper and "--weights_only" in hopper
+    assert "no kernel for its FP4 units has run" in backends.emulation("gpu", "sm_100")
 
 
 def test_the_doctor_comes_without_jax():

@@ -18,16 +18,27 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from longlive_kernels.nvfp4 import NVFP4, RULES, arch
+from longlive_kernels import arch
+from longlive_kernels.nvfp4 import NVFP4, RULES
 from longlive_kernels.nvfp4.format import BLOCK, VALUES, decode, unpack
 from longlive_kernels.nvfp4.matmul import api as matmul_api
-from longlive_kernels.nvfp4.matmul import cudnn, matmul, matmul_w4a16, mixed, mosaic, wgmma
+from longlive_kernels.nvfp4.matmul import (
+    cudnn,
+    matmul,
+    matmul_w4a16,
+    mixed,
+    mosaic,
+    shapes,
+    wgmma,
+    xla,
+)
 from longlive_kernels.nvfp4.matmul import triton as triton_matmul
 from longlive_kernels.nvfp4.quantize import api as quantize_api
 from longlive_kernels.nvfp4.quantize import dequantize, quantize
 from longlive_kernels.nvfp4.quantize import triton as triton_quantize
 from longlive_kernels.nvfp4.quantize.reference import unblocked
 
+BOTH = ("xla", "reference")
 BFLOAT16 = 2.0**-8  # how far apart two neighbours may be, of their size
 ORDER = 1e-5  # of the largest: what float32 sums in another order differ by
 PROGRAM = pathlib.Path(__file__).parent / "triton_on_cpu.py"
@@ -77,21 +88,76 @@ def test_hopper_is_told_that_it_has_no_fp4_units(backend):
     a, b = blank((128, 256)), blank((128, 256))
     reason = backend.unsupported(a, b, jnp.bfloat16, sm=90)
     assert "no FP4 units" in reason and "sm_90" in reason
-    assert "matmul_w4a16" in reason and 'implementation="reference"' in reason
+    assert "matmul_w4a16" in reason and 'implementation="xla"' in reason
     assert backend.unsupported(a, b, jnp.bfloat16) == "needs an NVIDIA GPU"
     assert "two quantised" in backend.unsupported(normal((128, 256)), b, jnp.bfloat16, sm=100)
 
 
 @pytest.mark.parametrize("sm", [None, 90, 100, 120])
 def test_what_has_not_run_on_a_device_is_never_the_default(monkeypatch, sm):
+    """Plain `jnp` is: in bfloat16 wherever that holds what is multiplied."""
     monkeypatch.setattr(arch, "default", lambda: sm)
-    a, b, x = blank((128, 256)), blank((128, 256)), normal((128, 256), dtype=jnp.bfloat16)
-    for module, args in (
-        (matmul_api, (a, b, jnp.bfloat16)),
-        (matmul_api, (x, b, jnp.bfloat16)),
-        (quantize_api, (x, {})),
+    a, b, x = blank((128, 256)), blank((128, 256)), normal((128, 256))
+    for module, args, name in (
+        (matmul_api, (a, b, jnp.bfloat16), "xla"),
+        (matmul_api, (a, b, jnp.float32), "xla"),
+        (matmul_api, (x.astype(jnp.bfloat16), b, jnp.bfloat16), "xla"),
+        (matmul_api, (x, b, jnp.float32), "reference"),
+        (quantize_api, (x, {}), "reference"),
     ):
-        assert module._backend(None, *args) is module.BACKENDS["reference"]
+        assert module._backend(None, *args) is module.BACKENDS[name]
+
+
+def test_bfloat16_holds_a_value_times_its_scale():
+    """Of all pairs of the two."""
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    finite = jnp.arange(127, dtype=jnp.uint8)  # scales are not negative; 127 is NaN
+    scales = lax.bitcast_convert_type(finite, jnp.float8_e4m3fn)
+    row = jnp.tile(codes[::2] | (codes[1::2] << jnp.uint8(4)), (127, 1))  # 127 8
+    q = NVFP4(row, scales[:, None], jnp.float32(1), "mse")
+    exact = VALUES.astype(np.float64) * np.asarray(scales, np.float64)[:, None]
+    np.testing.assert_array_equal(np.asarray(xla.unpacked(q), np.float64), exact)
+
+
+@pytest.mark.parametrize("name", ["odd_rows", "odd_columns", "long_sum", "stacked"])
+def test_xla_multiplies_what_the_reference_does(name):
+    """In sums of another order, each rounded once; the reference rounds operands to float32 too,
+    which is no more than that. W4A4 in float32 shows the sums themselves.
+    """
+    shape = shapes.SHAPES[name]
+    x = normal(shape.a, dtype=jnp.bfloat16)
+    a, b = quantized_jit(x, rule="mse"), quantized(shape.b, 1)
+    product = jax.jit(matmul, static_argnames=("dtype", "implementation"))
+    ours, theirs = (product(a, b, dtype=jnp.float32, implementation=i) for i in BOTH)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=ORDER * np.abs(theirs).max())
+    close(*(product(a, b, implementation=i) for i in BOTH))
+    if not shape.batch:
+        mixed = jax.jit(matmul_w4a16, static_argnames="implementation")
+        ours, theirs = (mixed(x, b, implementation=i) for i in BOTH)
+        assert ours.dtype == jnp.bfloat16
+        close(ours, theirs)
+
+
+def test_xla_refuses_numbers_that_it_would_round():
+    reason = "xla multiplies bfloat16 with quantised weights, not float32"
+    with pytest.raises(NotImplementedError, match=reason):
+        matmul_w4a16(normal((16, 32)), blank((16, 32)), implementation="xla")
+
+
+def test_factors_of_small_matrices_do_not_vanish():
+    """Their product is less than what float32 holds."""
+    a = quantized((16, 32))
+    small = NVFP4(a.packed, a.scales, jnp.float32(1e-18), a.rule)
+    large = NVFP4(a.packed, a.scales, jnp.float32(1e-19), a.rule)
+    found = matmul(small, large, dtype=jnp.float32, implementation="xla")
+    assert jnp.abs(found).max() > 0
+
+
+def test_gradients_go_through_weights_that_are_unpacked():
+    """Of an adapter beside them, say."""
+    x, w = normal((16, 32), dtype=jnp.bfloat16), quantized((48, 32), 1)
+    loss = lambda x, i: matmul_w4a16(x, w, implementation=i).astype(jnp.float32).sum()  # noqa: E731
+    close(*(jax.grad(loss)(x, i) for i in BOTH))
 
 
 def test_a_backend_that_is_named_runs_or_says_why_not(monkeypatch):

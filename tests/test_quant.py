@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import re
+import warnings
 
 import fake
 import jax
@@ -17,7 +19,7 @@ import longlive_jax
 from longlive_jax import cli, layers, lora, weights
 from longlive_jax.config import Precision
 from longlive_jax.convert.lora import LINEARS
-from longlive_jax.errors import InputError
+from longlive_jax.errors import EmulationWarning, InputError
 from longlive_jax.quant import files, kernels, transformer
 
 KINDS = ("int8", "fp8", "nvfp4")
@@ -174,6 +176,49 @@ def test_a_saved_session_comes_back_in_its_precision(small, tmp_path):
     np.testing.assert_array_equal(restored.next_chunk(), session.next_chunk())
 
 
+def test_a_quantised_folder_is_loaded_for_its_weights_alone(small, tmp_path):
+    """Every kernel, and a session of it when it comes back."""
+    files.run(small, tmp_path / "made", Precision.of("nvfp4"))
+    model = longlive_jax.load(tmp_path / "made", weights_only=True)
+    asked = longlive_jax.load(small).quantized("nvfp4", weights_only=True)
+    assert model.config == asked.config
+    assert jax.tree.structure(model.dit) == jax.tree.structure(asked.dit)
+    session = model.session("a red circle")
+    frames = session.next_chunk()
+    np.testing.assert_array_equal(frames, asked.session("a red circle").next_chunk())
+    session.save(tmp_path / "session")
+    restored = longlive_jax.restore(tmp_path / "session")
+    assert restored.model.config.precision.weights_only
+    np.testing.assert_array_equal(restored.next_chunk(), session.next_chunk())
+
+
+@pytest.mark.parametrize("how", ["quantized", "load", "generate"])
+def test_emulated_products_are_told_once(how, small, tmp_path, monkeypatch, capsys):
+    """Not where weights alone are in four bits, nor of other kinds."""
+    files.run(small, tmp_path / "made", Precision.of("nvfp4"))
+    model = longlive_jax.load(small)
+    assert transformer.here() == ("cpu", None)
+    monkeypatch.setattr(transformer, "here", lambda: ("gpu", "sm_90"))
+    said = "emulated on sm_90, which has no FP4 units.*--weights_only"
+    if how == "generate":
+        out = ["--output", str(tmp_path / "a.mp4"), "--prompt", "a red circle", "--seconds", "1"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # as for users
+            assert cli.run(["generate", "--model", str(tmp_path / "made"), *out]) == 0
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("longlive: ")]
+        assert len(lines) == 1 and re.search(said, lines[0])
+        return
+    call = {
+        "quantized": model.quantized,
+        "load": lambda _, **how: longlive_jax.load(tmp_path / "made", **how),
+    }[how]
+    with pytest.warns(EmulationWarning, match=said) as found:
+        call("nvfp4")
+    assert len(found) == 1
+    call("nvfp4", weights_only=True)
+    model.quantized("int8")
+
+
 def test_the_command_writes_a_folder(small, tmp_path, capsys):
     arguments = ["quantize", "--model", str(small), "--output", str(tmp_path / "made")]
     assert cli.run([*arguments, "--precision", "nvfp4", "--layers", "blocks.ffn_*=int8"]) == 0
@@ -203,5 +248,5 @@ def test_commands_that_run_a_model_take_precision_and_kv(monkeypatch, capsys):
     flags = ["--precision", "nvfp4", "--weights_only", "--kv", "int8"]
     assert cli.run(["eval", *flags], load=lambda name: Model()) == 0
     assert asked == [("nvfp4", {"weights_only": True}), {"kv": "int8"}]
-    assert cli.run(["eval", "--weights_only"], load=lambda name: Model()) == 2
+    assert cli.run(["eval", "--weights_only"]) == 2
     assert "--weights_only says how --precision is meant" in capsys.readouterr().err

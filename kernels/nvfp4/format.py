@@ -22,6 +22,7 @@ _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 VALUES = np.concatenate(
     [_MAGNITUDES, -_MAGNITUDES]
 )  # by code: sign << 3 | exponent << 1 | mantissa
+_PAIRS = np.stack([np.tile(VALUES, 16), np.repeat(VALUES, 16)], -1)  # of a byte, the low code first
 
 Leaf = Any  # an array; in trees of shapes, shardings or specs, what stands for one
 
@@ -113,6 +114,18 @@ def unpack(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s c"]:
     """The codes of `pack`."""
     pairs = jnp.stack([packed & jnp.uint8(15), packed >> jnp.uint8(4)], -1)
     return rearrange(pairs, "... half two -> ... (half two)")
+
+
+def unscaled(
+    packed: UInt8[Array, "*s half"], scales: Float[Array, "*s b"]
+) -> Float32[Array, "*s c"]:
+    """value · scale, exactly. A byte is looked up whole, as two values side by side: several times
+    as fast on CPUs as codes that are taken apart and put in order. (So would be a bitcast to
+    float4_e2m1fn, but XLA for CPUs gets that wrong where the bytes are computed: jax 0.10.2.)
+    """
+    values = jnp.asarray(_PAIRS).at[packed].get(mode="promise_in_bounds")  # *s half 2
+    blocks = values.reshape(*scales.shape, BLOCK) * scales.astype(jnp.float32)[..., None]
+    return blocks.reshape(*packed.shape[:-1], -1)
 
 
 def swizzle(scales: Float[Array, "*s r c"]) -> Float[Array, "*s n"]:

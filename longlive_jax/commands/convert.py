@@ -37,6 +37,9 @@ def define(values: flags.FlagValues) -> None:
         "set parameters that the checkpoint lacks to zero, and say so in the config",
         flag_values=values,
     )
+    flags.DEFINE_boolean(
+        "dequantize", False, "make bfloat16 of matrices in fewer bits", flag_values=values
+    )
     flags.DEFINE_integer(
         "steps",
         None,
@@ -66,6 +69,7 @@ def run(values: flags.FlagValues, load: Load) -> None:
         dtype=values.dtype,
         ema=values.ema,
         steps=values.steps,
+        dequantize=values.dequantize,
     )
     for note in notes:
         sys.stderr.write(f"longlive: {note}\n")

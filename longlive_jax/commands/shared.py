@@ -53,7 +53,10 @@ def define_precision(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "weights_only", False, "with --precision: the matrices alone", flag_values=values
+        "weights_only",
+        False,
+        "with --precision, or of a model in fewer bits: the matrices alone",
+        flag_values=values,
     )
     flags.DEFINE_enum(
         "kv",
@@ -72,7 +75,7 @@ def choosing(load: Load, values: flags.FlagValues) -> Load:
     if values.vae != "full":
         load = functools.partial(load, vae=values.vae)
     if values.weights_only and not values.precision:
-        raise InputError("--weights_only says how --precision is meant: name that too")
+        load = functools.partial(load, weights_only=True)
     return (
         functools.partial(_in_fewer_bits, load, values) if values.precision or values.kv else load
     )

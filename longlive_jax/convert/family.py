@@ -19,7 +19,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from longlive_jax import config, weights
-from longlive_jax.config import DiTConfig, ModelConfig, TAEConfig, TextConfig, VAEConfig
+from longlive_jax.config import (
+    DiTConfig,
+    ModelConfig,
+    Precision,
+    TAEConfig,
+    TextConfig,
+    VAEConfig,
+)
 from longlive_jax.convert import light, nvfp4, tae, umt5, wan_dit, wan_vae
 from longlive_jax.convert.source import ENGINE, Checkpoint, Tensors, open_checkpoint
 from longlive_jax.convert.table import Row
@@ -43,7 +50,8 @@ class Part:
     """One part of a model. `tensors` go by the names of `layout`, wrappers taken off.
 
     hints: what a `config.json` beside it says that shapes do not. path: where it was found. plain:
-    the file's names are bare, which those of LongLive's generators are not.
+    the file's names are bare, which those of LongLive's generators are not. packed: `tensors` as
+    `nvfp4.kept` has them, of a file that is packed. precision: of ours, what its matrices are in.
     """
 
     name: str
@@ -52,6 +60,8 @@ class Part:
     hints: Mapping[str, Any]
     path: pathlib.Path
     plain: bool = False
+    packed: Tensors | None = None
+    precision: Precision | None = None
 
     def config(self) -> PartConfig:
         """Its shape. Raises InputError where names are missing that every such model has, and for
@@ -162,10 +172,11 @@ def _file(path: pathlib.Path, ema: bool, hints: Mapping[str, Any] | None = None)
             raise InputError(f"{path} mixes a LoRA with other tensors: {_listed(other)}")
         return Source((), lora=path)
     plain = tensors.keys() == wrapped.keys()
+    packed = None
     if nvfp4.is_packed(tensors):
-        tensors = nvfp4.unpacked(tensors)
+        packed, tensors = nvfp4.kept(tensors), nvfp4.unpacked(tensors)
     part = _part(path, tensors, hints or {}, bare=hints is None)
-    return Source((dataclasses.replace(part, plain=plain),))
+    return Source((dataclasses.replace(part, plain=plain, packed=packed),))
 
 
 def _group(path: pathlib.Path, checkpoint: Checkpoint, ema: bool) -> Tensors:
@@ -302,7 +313,11 @@ def _ours(path: pathlib.Path, said: Mapping[str, Any]) -> Source:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path / 'config.json'} cannot be read: {error}") from error
     held = [name for name in PARTS if weights.exists(path, name)]
-    parts = (Part(name, "ours", weights.read(path, name), {}, path) for name in held)
+    precision = {"dit": cfg.precision}
+    parts = (
+        Part(name, "ours", weights.read(path, name), {}, path, precision=precision.get(name))
+        for name in held
+    )
     lora = path / "lora.safetensors"
     return Source(
         tuple(parts),

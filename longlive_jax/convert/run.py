@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from longlive_jax import config, lora, weights
-from longlive_jax.config import ModelConfig
-from longlive_jax.convert import export, family, table
+from longlive_jax.config import ModelConfig, Precision
+from longlive_jax.convert import export, family, nvfp4, table
 from longlive_jax.convert.family import Part, PartConfig, Source
-from longlive_jax.convert.table import NameMismatch, Pending
+from longlive_jax.convert.source import Tensors
+from longlive_jax.convert.table import NameMismatch, Pending, Row
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 from longlive_jax.flow import TRAIN_STEPS
+from longlive_jax.quant import files, transformer
 from longlive_jax.text.umt5 import UMT5
 from longlive_jax.vae import build as vaes
 
@@ -31,6 +35,7 @@ _PLAIN = (
     "{path} is a Wan transformer without LongLive's generator or LoRA: made in {steps} steps, chunk"
     " by chunk, its videos make no sense; add one with --from, or tune it"
 )
+_KEPT = "the packed matrices of {path} stay in NVFP4, to the byte; --dequantize unpacks them"
 # What shapes do not tell: taken over from a source that knows it.
 _UNSEEN = (
     *("heads", "text_len", "eps", "rope_theta", "rope_period"),
@@ -47,14 +52,16 @@ def convert(
     dtype: str = "keep",
     ema: bool = False,
     steps: int | None = None,
+    dequantize: bool = False,
 ) -> tuple[str, ...]:
     """Makes one model of all that `paths` hold and writes it to the new folder `to`. Where several
     hold the same part, the last one's counts.
 
     layout: "longlive", "pytorch" (the original code's) or "diffusers". allow_missing: parameters
     that a checkpoint lacks are zero, and listed in the config. dtype: "keep", "bfloat16",
-    "float32". ema: LongLive's averaged generator. steps: how many the transformer was distilled to,
-    if not to the family's number.
+    "float32", of what is not in fewer bits. ema: LongLive's averaged generator. steps: how many the
+    transformer was distilled to, if not to the family's number. dequantize: matrices in fewer bits
+    become bfloat16, as they do in other layouts than ours.
 
     Returns: sentences that whoever asked should read.
 
@@ -67,24 +74,30 @@ def convert(
     if not parts:
         raise InputError("there is no model in what was given, only what goes with one")
     cfg = _stepped(assemble(sources, configs), steps, layout)
-    pending, missing = {}, []
-    for name, part in parts.items():
-        pending[name], lacking = _plan(part, configs[name], allow_missing)
-        missing += [f"{name}: {source}" for source in lacking]
-    cfg = dataclasses.replace(cfg, allowed_missing=(*cfg.allowed_missing, *missing))
-    adapter = _lora(sources, pending.get("dit"))
+    dense = dequantize or layout != "longlive"
+    plan = functools.partial(_plan, allow_missing=allow_missing, dense=dense)
+    planned = {name: plan(part, configs[name]) for name, part in parts.items()}
+    missing = [f"{name}: {source}" for name in planned for source in planned[name].missing]
+    precision = planned["dit"].precision if "dit" in planned else None
+    cfg = dataclasses.replace(
+        cfg, allowed_missing=(*cfg.allowed_missing, *missing), precision=precision
+    )
+    adapter = _lora(sources, abstract("dit", configs["dit"]) if "dit" in parts else None)
     tokenizer = next((s.tokenizer for s in reversed(sources) if s.tokenizer), None)
     with weights.new_folder(to) as stage:
         ours = stage if layout == "longlive" else stage / "model"
         for name in parts:
-            weights.write(ours, name, pending[name], dtype=DTYPES[dtype])
+            weights.write(ours, name, planned[name].typed(DTYPES[dtype]))
         _write_rest(ours, cfg, adapter, tokenizer)
         if layout != "longlive":
             export.write(ours, stage, layout)
             shutil.rmtree(ours)
-    dit = parts.get("dit")
-    plain = layout == "longlive" and dit is not None and dit.plain and adapter is None
-    return (_PLAIN.format(path=dit.path, steps=cfg.sampler.steps),) if plain else ()
+    dit, notes = parts.get("dit"), ()
+    if layout == "longlive" and dit is not None and dit.plain and adapter is None:
+        notes = (_PLAIN.format(path=dit.path, steps=cfg.sampler.steps),)
+    if precision is not None and dit.packed is not None:
+        notes += (_KEPT.format(path=dit.path),)
+    return notes
 
 
 def _stepped(cfg: ModelConfig, steps: int | None, layout: str) -> ModelConfig:
@@ -188,30 +201,78 @@ def _preset(configs: Mapping[str, PartConfig]) -> ModelConfig:
     return config.WAN22_TI2V_5B if wide or shortcut else config.WAN21_T2V_1_3B
 
 
-def abstract(name: str, cfg: PartConfig) -> nnx.Module:
-    """The module of a part, of shapes only."""
+def abstract(name: str, cfg: PartConfig, how: Precision | None = None) -> nnx.Module:
+    """The module of a part, of shapes only. how: what matrices of a transformer are kept in."""
     kind: Any = {"dit": DiT, "text": UMT5}.get(name, vaes.build)
-    return nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(0)))
+
+    def build():
+        made = kind(cfg, rngs=nnx.Rngs(0))
+        return made if how is None else transformer.quantize(made, how)
+
+    return nnx.eval_shape(build)
 
 
-def _plan(
-    part: Part, cfg: PartConfig, allow_missing: bool
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to make each parameter of a part. missing: names that are allowed to be. precision: of
+    what is in fewer bits. fixed: the parameters that this is made of, whose types stay.
+    """
+
+    pending: dict[str, Pending]
+    missing: Sequence[str] = ()
+    precision: Precision | None = None
+    fixed: Collection[str] = ()
+
+    def typed(self, dtype: Any) -> dict[str, Pending]:
+        """The parameters, of which real ones that are not fixed are of that type; None keeps it."""
+
+        def cast(name: str, entry: Pending) -> Pending:
+            stays = dtype is None or name in self.fixed
+            if stays or not jnp.issubdtype(entry.dtype, jnp.floating):
+                return entry
+            return dataclasses.replace(entry, dtype=np.dtype(dtype))
+
+        return {name: cast(name, entry) for name, entry in self.pending.items()}
+
+
+def _plan(part: Part, cfg: PartConfig, allow_missing: bool, dense: bool) -> Plan:
+    """dense: what is in fewer bits is unpacked."""
+    tensors, how = part.tensors, part.precision
+    rows = None if part.layout == "ours" else part.rows(cfg)
+    if part.packed is not None and not dense:
+        tensors = part.packed
+        how, rows = nvfp4.table(tensors, rows, cfg.layers)
+    leaves = weights.flatten(abstract(part.name, cfg, how))
+    held = weights.arrays(leaves)
+    rows = family.identity(held) if rows is None else rows
+    pending, missing = _filling(part.path, held, rows, tensors, allow_missing)
+    if how is None:
+        return Plan(pending, missing)
+    if dense:
+        return Plan(files.dense(pending, leaves), missing)
+    return Plan(pending, missing, how, held.keys() - leaves.keys())
+
+
+def _filling(
+    path: pathlib.Path,
+    held: Mapping[str, Any],
+    rows: Sequence[Row],
+    tensors: Tensors,
+    allow_missing: bool,
 ) -> tuple[dict[str, Pending], Sequence[str]]:
-    """How to make each parameter, and the names that are allowed to be missing."""
-    model = abstract(part.name, cfg)
-    rows = part.rows(cfg) if part.layout != "ours" else family.identity(weights.flatten(model))
+    """How to make each of the arrays, and the names that are allowed to be missing."""
     try:
-        return table.plan(model, rows, part.tensors), ()
+        return table.plan(held, rows, tensors), ()
     except NameMismatch as error:
         only_missing = not (error.unexpected or error.shapes or error.unfilled)
         if allow_missing and only_missing:
             allowed = error.missing
-            return table.plan(model, rows, part.tensors, allow_missing=allowed), allowed
+            return table.plan(held, rows, tensors, allow_missing=allowed), allowed
         hint = "; --allow-missing makes them zero" if only_missing else ""
-        raise InputError(f"{part.path} does not fit: {error}{hint}") from error
+        raise InputError(f"{path} does not fit: {error}{hint}") from error
 
 
-def _lora(sources: Sequence[Source], dit: Mapping[str, Pending] | None) -> lora.Lora | None:
+def _lora(sources: Sequence[Source], dit: DiT | None) -> lora.Lora | None:
     path = None
     for source in sources:  # a transformer that comes later comes without the LoRA of the last one
         if source.lora or any(part.name == "dit" for part in source.parts):
@@ -220,7 +281,7 @@ def _lora(sources: Sequence[Source], dit: Mapping[str, Pending] | None) -> lora.
         return None
     adapter = lora.read(path)
     if dit is not None:
-        lora.check(adapter, {path: entry.shape for path, entry in dit.items()})
+        lora.check(adapter, {path: leaf.shape for path, leaf in weights.flatten(dit).items()})
     return adapter
 
 

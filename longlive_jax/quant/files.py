@@ -76,6 +76,30 @@ def _parts(
     }
 
 
+def dense(pending: Mapping[str, Pending], leaves: Mapping[str, Any]) -> dict[str, Pending]:
+    """What fills a transformer of these leaves, its kernels in fewer bits unpacked to bfloat16, a
+    layer at a time.
+    """
+    made = {}
+    for path, leaf in leaves.items():
+        made[path] = pending.get(path)
+        if isinstance(leaf, kernels.Kernel):
+            unpack = functools.partial(_unpacked, pending, path, leaf)
+            made[path] = Pending(leaf.shape, np.dtype(jnp.bfloat16), unpack)
+    return made
+
+
+def _unpacked(pending: Mapping[str, Pending], path: str, leaf: Any) -> Iterator[np.ndarray]:
+    held = {name: pending[name].array() for name in weights.arrays({path: leaf})}
+    kernel = weights.filled({path: leaf}, held)[path]
+    one = jax.jit(lambda x: x.dense().astype(jnp.bfloat16))
+    if len(leaf.shape) == 2:
+        yield np.asarray(one(kernel))
+    else:
+        for i in range(leaf.shape[0]):
+            yield np.asarray(one(kernel[i]))[None]
+
+
 def _by_layer(make: Any, kernel: np.ndarray) -> dict[str, np.ndarray]:
     one = jax.jit(make)
     layers = [weights.arrays({"": one(jnp.asarray(layer)[None])}) for layer in kernel]

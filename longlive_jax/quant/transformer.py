@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 
-from longlive_jax import weights
+import jax
+from longlive_kernels import arch
+
+from longlive_jax import backends, weights
 from longlive_jax.config import Precision
 from longlive_jax.convert.lora import LINEARS
 from longlive_jax.dit.model import DiT
-from longlive_jax.errors import InputError
+from longlive_jax.errors import EmulationWarning, InputError
 from longlive_jax.lora import LowRank
 from longlive_jax.quant import kernels
 
@@ -56,9 +60,29 @@ def quantize(dit: DiT, how: Precision) -> DiT:
     return weights.unflatten(dit, flat)
 
 
+def tell(how: Precision) -> None:
+    """Warns where a GPU has no units for products of two four-bit matrices, or nothing that uses
+    them by default: once, as Python shows a warning once.
+    """
+    if "nvfp4" in kinds(how).values() and not how.weights_only:
+        said = backends.emulation(*here())
+        if said:
+            warnings.warn(said, EmulationWarning, stacklevel=1)
+
+
+def here() -> tuple[str, str | None]:
+    """Platform and architecture of where programs run unless told otherwise."""
+    device = jax.devices()[0]
+    number = arch.of(device)
+    return device.platform, number and f"sm_{number}"
+
+
 def _made(leaf, kind: str, how: Precision):
     if isinstance(leaf, kernels.Kernel):
-        raise InputError("this model's matrices are in fewer bits already")
+        raise InputError(
+            "this model's matrices are in fewer bits already; to multiply what comes in as it is,"
+            " load it so (--weights_only alone)"
+        )
     if isinstance(leaf, LowRank):
         return LowRank(kernels.make(leaf.kernel, kind, how), leaf.a, leaf.b, leaf.scale)
     return kernels.make(leaf, kind, how)

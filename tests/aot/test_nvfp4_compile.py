@@ -13,7 +13,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from longlive_kernels.nvfp4 import NVFP4, RULES, arch
+from longlive_kernels import arch
+from longlive_kernels.nvfp4 import NVFP4, RULES
 from longlive_kernels.nvfp4.format import BLOCK
 from longlive_kernels.nvfp4.matmul import cudnn, mosaic, wgmma
 from longlive_kernels.nvfp4.matmul import triton as triton_matmul

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from longlive_kernels.nvfp4.format import NVFP4
-from longlive_kernels.nvfp4.matmul import cudnn, mosaic, reference, triton, wgmma
+from longlive_kernels.nvfp4.matmul import cudnn, mosaic, reference, triton, wgmma, xla
 
-# The best first; but before what has not run on a device comes what has.
+# The best first; but before what has not run on a device comes what runs on every one.
 BACKENDS = {
+    "xla": xla,
     "reference": reference,
     "cudnn": cudnn,
     "mosaic": mosaic,
@@ -21,6 +22,8 @@ def matmul(
     a: NVFP4, b: NVFP4, *, dtype=jnp.bfloat16, implementation: str | None = None
 ) -> Float[Array, "*s m n"]:
     """a bᵀ of quantised [*s m k] and [*s n k]: sums are float32, the result is `dtype`.
+
+    Unless FP4 units are asked for by name it is emulated (`xla.py`): operands are unpacked.
 
     implementation: a name in `BACKENDS`; None picks the best that supports the call.
 
@@ -36,7 +39,8 @@ def matmul_w4a16(
     x: Float[Array, "*s m k"], w: NVFP4, *, dtype=None, implementation: str | None = None
 ) -> Float[Array, "*s m n"]:
     """x wᵀ of numbers as they are and quantised weights [n k]: sums are float32, the result is
-    `dtype`, which is that of x unless given. Otherwise as `matmul`.
+    `dtype`, which is that of x unless given. Weights are unpacked to the type of x: exactly where
+    that has 16 bits (`xla.py`), else to float32 (`reference.py`). Otherwise as `matmul`.
     """
     if w.ndim != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(f"no product of {x.shape} and {w.shape} transposed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from longlive_kernels.nvfp4 import arch
+from longlive_kernels import arch
 from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES
 
 

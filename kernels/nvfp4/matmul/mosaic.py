@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from longlive_kernels.nvfp4 import arch
+from longlive_kernels import arch
 from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES, swizzle
 
 ARCHS = (100, 103)  # of which the tensor cores have memory of their own

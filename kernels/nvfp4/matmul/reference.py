@@ -1,4 +1,7 @@
-"""The meaning: dequantised, and multiplied in float32."""
+"""The meaning: dequantised, each number rounded to float32, and multiplied in full float32.
+
+Slow on GPUs, whose tensor cores have no such product: there `xla.py` comes before it.
+"""
 
 from __future__ import annotations
 

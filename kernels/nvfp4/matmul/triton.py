@@ -7,7 +7,7 @@ import importlib.util
 
 import jax
 from jaxtyping import Array, Float
-from longlive_kernels.nvfp4 import arch
+from longlive_kernels import arch
 from longlive_kernels.nvfp4.format import NVFP4, RULES
 
 

@@ -7,7 +7,7 @@ import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, UInt8
-from longlive_kernels.nvfp4 import arch
+from longlive_kernels import arch
 from longlive_kernels.nvfp4.format import NVFP4, RULES, unpack
 
 ARCH = 90

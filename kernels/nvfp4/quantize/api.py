@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
-from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES, decode, unpack
+from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES, unscaled
 from longlive_kernels.nvfp4.quantize import reference, triton
 from longlive_kernels.nvfp4.quantize.hadamard import oriented
 
@@ -72,8 +72,8 @@ def largest(
 
 def dequantize(q: NVFP4, dtype=jnp.float32) -> Float[Array, "*s r c"]:
     """value · scale · (amax / (largest value · largest scale)), in float32, then cast."""
-    values = decode(unpack(q.packed)) * jnp.repeat(q.scales.astype(jnp.float32), BLOCK, axis=-1)
-    return (values * RULES[q.rule].unit(q.amax)[..., None, None]).astype(dtype)
+    numbers = unscaled(q.packed, q.scales)
+    return (numbers * RULES[q.rule].unit(q.amax)[..., None, None]).astype(dtype)
 
 
 def _check(rule: str, tile: int, rows: int, columns: int, signs: Array | None):

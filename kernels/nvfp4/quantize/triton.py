@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
-from longlive_kernels.nvfp4 import arch
+from longlive_kernels import arch
 from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES
 from longlive_kernels.nvfp4.quantize.hadamard import oriented
 
