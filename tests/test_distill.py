@@ -189,6 +189,8 @@ def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
         (dict(precision=(("teacher", "fp4"),)), "precision of the teacher: blocks.* in 'fp4'"),
         (dict(precision=(("judge", "int8"),)), "precision of 'judge': choose student, "),
         (dict(dtype="float16"), "dtype 'float16': choose one of"),
+        (dict(steps=-1), "cannot be rolled out: a sampler takes at least 1 step, not -1"),
+        (dict(through="both"), "cannot be rolled out: through 'both': choose stop, straight"),
     ],
 )
 def test_bad_configs_are_refused(tmp_path, given, changes, message):

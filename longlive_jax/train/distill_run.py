@@ -244,12 +244,15 @@ def tuned(model: Model, learning: Learning, learned: dict[str, Any]) -> Model:
 
 
 def program(cfg: DistillConfig, config: ModelConfig, mesh: Any) -> Program:
+    """Raises InputError for steps or a way through the memory that there are none of."""
     sampling = config.sampler
     if cfg.steps:
         sampling = dataclasses.replace(sampling, steps=cfg.steps)
-    roll = SelfForcing(
-        cfg.stream, sampler.make(sampling), Flow(sampling.shift), through=cfg.through
-    )
+    try:
+        solver, levels = sampler.make(sampling), Flow(sampling.shift)
+        roll = SelfForcing(cfg.stream, solver, levels, through=cfg.through)
+    except ValueError as error:
+        raise InputError(f"the student cannot be rolled out: {error}") from error
     dtype = DTYPES[cfg.dtype]
     return Program(
         config, cfg.student, cfg.fake, roll, cfg.judge, cfg.clips, mesh, dtype, cfg.same_exit
