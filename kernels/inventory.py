@@ -15,7 +15,7 @@ FP4 = ("sm_100", "sm_103", "sm_120")  # with units that multiply four-bit floats
 class Entry:
     """One backend on one kind of hardware. state: RUN, SIMULATED (checked in an interpreter on the
     CPU) or COMPILED. architectures: of the GPUs that it is for; none: all, or the CPU. product: of
-    two quantised matrices ("W4A4"), or of one ("W4A16"); both where it is empty. library: beneath
+    two quantised matrices ("W4A4"), or of one ("W4A16"); both where it is empty. toolkit: beneath
     it. but: what the state does not hold of.
     """
 
@@ -25,7 +25,7 @@ class Entry:
     state: str
     architectures: tuple[str, ...] = ()
     product: str = ""
-    library: str = ""
+    toolkit: str = ""
     but: str = ""
 
     @property
@@ -37,7 +37,7 @@ class Entry:
     def row(self) -> tuple[str, str, str, str]:
         """Its line in README.md: op, backend, hardware, state."""
         op = f"`{self.op}`, {self.product}" if self.product else f"`{self.op}`"
-        backend = f"`{self.backend}` ({self.library})" if self.library else f"`{self.backend}`"
+        backend = f"`{self.backend}` ({self.toolkit})" if self.toolkit else f"`{self.backend}`"
         return op, backend, self.hardware, f"{self.state}, {self.but}" if self.but else self.state
 
 
