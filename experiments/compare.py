@@ -43,6 +43,7 @@ class Row:
     steps: int = 0
     precision: str = ""
     kv: str = ""
+    clean_pass: bool = True
     like: str = ""
 
 
@@ -51,6 +52,7 @@ def generate(row: Row, seed: int):
     lora = row.lora.format(seed) or None
     model = longlive_jax.load(row.model.format(seed), lora=lora)
     model = model.quantized(row.precision) if row.precision else model
+    model = model.streaming(clean_pass=row.clean_pass)
     model = model.streaming(kv=row.kv) if row.kv else model
     return generator(model, steps=row.steps or None, batch=8)
 

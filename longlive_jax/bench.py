@@ -152,6 +152,7 @@ def summarise(
         peak_memory_bytes=report.peak_memory(),
         compile_s=compile_s,
         steps=steps,
+        clean_pass=config.stream.clean_pass,
         warmup_chunks=warmup,
         window=config.stream.window,
         chunk_flops=bench_ceiling.chunk_flops(config, steps),

@@ -22,7 +22,8 @@ def forward_flops(cfg: ModelConfig, frames: int) -> float:
 
 
 def chunk_flops(cfg: ModelConfig, steps: int, chunk: int | None = None) -> float:
-    """Of making a chunk: `steps` forwards and the clean pass, twice as many under guidance.
+    """Of making a chunk: `steps` forwards and the clean pass where there is one, twice as many
+    under guidance.
 
     chunk: its number in the video, from 0, of which follows how much it remembers; None is one
     whose window is full.
@@ -30,7 +31,7 @@ def chunk_flops(cfg: ModelConfig, steps: int, chunk: int | None = None) -> float
     frames = cfg.stream.window
     if chunk is not None:
         frames = min(frames, (chunk + 1) * cfg.stream.chunk)
-    return (steps + 1) * cfg.sampler.branches * forward_flops(cfg, frames)
+    return (steps + cfg.stream.clean_pass) * cfg.sampler.branches * forward_flops(cfg, frames)
 
 
 def peak() -> float | None:

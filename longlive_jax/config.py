@@ -209,6 +209,9 @@ class StreamConfig:
     rope: str = "absolute"
     time_scale: float = 1.0  # of temporal positions
     clean_recache: bool = False  # a cut's first clean pass sees the global sink and itself only
+    # A finished chunk is read into the memory by a pass of its own; otherwise what its last
+    # denoising step wrote there stays, which saves one forward a chunk.
+    clean_pass: bool = True
     recache: Recache = Recache()
     # How keys and values are kept: in the model's type, or as bf16, int8, fp8 or nvfp4.
     kv: str = "model"
@@ -226,6 +229,8 @@ class StreamConfig:
             raise ValueError(f"rope {self.rope!r}: choose absolute or relative")
         if self.kv not in self.KV:
             raise ValueError(f"kv {self.kv!r}: choose {', '.join(self.KV)}")
+        if self.clean_recache and not self.clean_pass:
+            raise ValueError("a clean recache at a cut is a clean pass: one needs the other")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,9 +92,10 @@ class Report(Head):
     peak_memory_bytes: int  # of the device; on CPUs of the process
     compile_s: float
     steps: int
+    clean_pass: bool  # a forward more for each chunk
     warmup_chunks: int
     window: int  # latent frames
-    chunk_flops: float  # of denoising one chunk with the window full, its clean pass included
+    chunk_flops: float  # of one chunk with the window full, a clean pass included
     ceiling_fps: float | None  # denoise_fps at the GPU's bf16 peak; None where that is not known
     of_ceiling: float | None  # denoise_fps / ceiling_fps
 

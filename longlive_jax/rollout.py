@@ -112,7 +112,7 @@ def denoise(
     solver: sampler.Solver,
     guidance: float = 1.0,
 ) -> tuple[Rollout, Latents]:
-    """Denoises the next chunk and writes it into the cache with a clean pass.
+    """Denoises the next chunk and writes it into the cache, as `stream.clean_pass` says.
 
     Args:
       text: the prompt in force, for every row of the cache.
@@ -123,6 +123,8 @@ def denoise(
     """
     frames = first_noise.shape[1]
     rollout, attn = enter(dit, rollout, frames, stream)
+    # What has fewer bits takes final passes only: without a clean one, every step is the last yet.
+    attn = dataclasses.replace(attn, final=not stream.clean_pass)
     known = 0 if given is None else given.shape[1]
 
     def pinned(x: Latents) -> Latents:
@@ -138,7 +140,9 @@ def denoise(
     latents = pinned(latents)
     cache = dataclasses.replace(rollout.cache, k=kv[0], v=kv[1])
     rollout = dataclasses.replace(rollout, cache=cache)
-    return leave(dit, rollout, latents, text, attn, stream), latents
+    if stream.clean_pass:
+        return leave(dit, rollout, latents, text, attn, stream), latents
+    return _put_aside(rollout, latents, stream), latents
 
 
 @functools.partial(jax.jit, static_argnames="stream", donate_argnames="rollout")
@@ -212,14 +216,21 @@ def leave(
     shown: Shown | None = None,
 ) -> Rollout:
     """The clean pass of the chunk that `enter` labelled, and the latents put aside."""
-    cache, frames = rollout.cache, latents.shape[1]
+    cache = rollout.cache
     shown = Shown(latents, jnp.zeros((1, 1))) if shown is None else shown
     if stream.clean_recache:
         cache = slots.keep(cache, _after_cut(cache, attn.slots, stream.sink))
-        visible = jnp.repeat(cache.filled[:, None], frames, 1)
+        visible = jnp.repeat(cache.filled[:, None], latents.shape[1], 1)
         attn = _attention(dit, rollout.held, cache, attn.slots, visible, stream)
     attn = dataclasses.replace(attn, final=True)
     _, (k, v) = forward(dit, shown.latents, shown.t, text, attn, (cache.k, cache.v))
+    cache = dataclasses.replace(cache, k=k, v=v)
+    return _put_aside(dataclasses.replace(rollout, cache=cache), latents, stream)
+
+
+def _put_aside(rollout: Rollout, latents: Latents, stream: StreamConfig) -> Rollout:
+    """A finished chunk among the held latents, and the rollout at the next one."""
+    frames = latents.shape[1]
     held = slots.choose(rollout.held, frames, stream.sink, stream.shot_sink)
     batch = jnp.arange(latents.shape[0])[:, None]
     table = slots.claim(rollout.held, held, rollout.frame, rollout.chunk, rollout.shot)
@@ -227,11 +238,7 @@ def leave(
     if stream.clean_recache:
         table = slots.keep(table, _after_cut(table, held, stream.sink))
     return dataclasses.replace(
-        rollout,
-        cache=dataclasses.replace(cache, k=k, v=v),
-        held=table,
-        frame=rollout.frame + frames,
-        chunk=rollout.chunk + 1,
+        rollout, held=table, frame=rollout.frame + frames, chunk=rollout.chunk + 1
     )
 
 

@@ -1,6 +1,7 @@
 """What must hold of streaming itself, whatever the weights."""
 
 import dataclasses
+import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -219,3 +220,48 @@ def test_no_guidance_no_negative_cache(dit):
     guided = dataclasses.replace(SAMPLER, guidance=3.0)
     rows = [streams.begin(dit, STREAM, s, batch=2).cache.k.shape[1] for s in (SAMPLER, guided)]
     assert rows == [2, 4]
+
+
+@pytest.mark.parametrize("kv", ["model", "int8", "nvfp4"])
+def test_without_a_clean_pass_the_last_steps_keys_stay(kv):
+    """A step at timestep 0 that is shown the video is a clean pass, so there the two are one; after
+    steps from noise they are not, and the video's own frames are put aside all the same.
+    """
+    # Heads that are wide enough for any way of keeping.
+    dit = streams.randomly(lambda rngs: DiT(dataclasses.replace(SMALL, dim=64), rngs=rngs))
+    text, given = prompt(dit, 0), chunks_of(3, 4)
+
+    def after(clean_pass, solver):
+        stream = dataclasses.replace(STREAM, kv=kv, clean_pass=clean_pass)
+        model = streams.model(dit, stream, SAMPLER)
+        video, latents = rollout.begin(model, [0]), []
+        for first in given:
+            video, out = rollout.generate(dit, video, text, first, stream=stream, solver=solver)
+            latents.append(out)
+        return video, latents
+
+    (with_, shown), (without, same) = after(True, GIVEN), after(False, GIVEN)
+    for a, b in zip(*map(jax.tree.leaves, (with_.cache, without.cache)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(shown, same)
+    (with_, shown), (without, made) = after(True, SOLVER), after(False, SOLVER)
+    np.testing.assert_array_equal(shown[0], made[0])  # nothing was remembered yet
+    assert not np.array_equal(shown[1], made[1])
+    np.testing.assert_array_equal(with_.cache.frame, without.cache.frame)
+    np.testing.assert_array_equal(with_.held.frame, without.held.frame)
+    np.testing.assert_array_equal(without.frame, [sum(x.shape[1] for x in given)])
+
+
+def test_without_a_clean_pass_a_chunk_is_one_forward_less(dit):
+    """Counted in the program: its loop has the steps, what is beside it is the clean pass."""
+    text = prompt(dit, 0)
+
+    def flops(clean_pass):
+        stream = dataclasses.replace(STREAM, clean_pass=clean_pass)
+        begun = rollout.begin(streams.model(dit, stream, SAMPLER), [0])
+        choices = dict(stream=stream, solver=sampler.make(dataclasses.replace(SAMPLER, steps=1)))
+        renoise = functools.partial(rollout.noise, begun, 3)
+        made = jax.jit(lambda x: rollout.denoise(dit, begun, text, x, renoise, **choices)[0].cache)
+        return made.lower(noise(0, 3)).compile().cost_analysis()["flops"]
+
+    assert 0.45 < flops(False) / flops(True) < 0.6

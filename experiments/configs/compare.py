@@ -2,7 +2,8 @@
 --config=experiments/configs/compare.py:WHICH
 
 low_bits: as Table 7 of the LongLive 2.0 paper, with runs/bf_S_model and runs/nv_S_model, which
-train_ar.py tuned for as many steps without and with NVFP4 products. few_steps: with the LoRAs of
+train_ar.py tuned for as many steps without and with NVFP4 products. clean_pass: with it, and with
+what the last step left in its place. few_steps: with the LoRAs of
 distill_dmd.py in runs/dmd4_S and runs/dmd2_S. long: with those of long_tuning.py.
 """
 
@@ -43,6 +44,14 @@ FEW = {
     "4 steps, DMD": dict(steps=4, lora=LORA.format("dmd4_{}")),
     "2 steps, DMD": dict(steps=2, lora=LORA.format("dmd2_{}")),
 }
+CLEAN = {
+    f"{steps} steps{name}": dict(steps=steps) | changes
+    for steps in (4, 2)
+    for name, changes in {
+        "": {},
+        ", no clean pass": dict(clean_pass=False, like=f"{steps} steps"),
+    }.items()
+}
 LONG = {
     "not tuned": {},
     "long": dict(lora=LORA.format("long_{}")),
@@ -50,6 +59,7 @@ LONG = {
 }
 CONFIGS = {
     "low_bits": (_low_bits(), dict(prompts=32, long=8)),
+    "clean_pass": (CLEAN, dict(prompts=32, long=8)),
     "few_steps": (FEW, dict(prompts=56, long=8)),
     "long": (LONG, dict(prompts=32, long=8, seconds=120.0, switching=8)),
 }

@@ -13,7 +13,7 @@ from longlive_jax.errors import InputError
 
 SIZES = ("preset", "random_weights")
 WEIGHTS = ("model", *SIZES)
-BITS = ("lora", "vae", "precision", "weights_only", "kv")
+CHOICES = ("lora", "vae", "precision", "weights_only", "kv", "clean_pass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Suite:
 
 SUITES = {
     "generate": Suite(
-        "bench", 10.0, ("repeat", "seed", "steps", "change"), ("seconds", *WEIGHTS, *BITS)
+        "bench", 10.0, ("repeat", "seed", "steps", "change"), ("seconds", *WEIGHTS, *CHOICES)
     ),
     "session": Suite(
-        "bench_session", 240.0, ("repeat", "seed", "steps"), ("seconds", *WEIGHTS, *BITS)
+        "bench_session", 240.0, ("repeat", "seed", "steps"), ("seconds", *WEIGHTS, *CHOICES)
     ),
     "vae": Suite("bench_vae", None, ("repeat", "seed"), WEIGHTS),
     "train": Suite(

@@ -40,6 +40,13 @@ def define_model(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("json", None, "where to write the report; - is stdout", flag_values=values)
+    flags.DEFINE_bool(
+        "clean_pass",
+        True,
+        "read a finished chunk into memory by a forward of its own; otherwise its last step's keys"
+        " and values stay: one forward less, in another memory than the model was trained with",
+        flag_values=values,
+    )
     define_precision(values)
 
 
@@ -76,16 +83,20 @@ def choosing(load: Load, values: flags.FlagValues) -> Load:
         load = functools.partial(load, vae=values.vae)
     if values.weights_only and not values.precision:
         load = functools.partial(load, weights_only=True)
-    return (
-        functools.partial(_in_fewer_bits, load, values) if values.precision or values.kv else load
-    )
+    changes = {} if values.clean_pass else {"clean_pass": False}
+    changes |= {"kv": values.kv} if values.kv else {}
+    if not values.precision and not changes:
+        return load
+    return functools.partial(_changed, load, values, changes)
 
 
-def _in_fewer_bits(load: Load, values: flags.FlagValues, *arguments: Any, **keywords: Any) -> Any:
+def _changed(
+    load: Load, values: flags.FlagValues, changes: dict[str, Any], *arguments: Any, **keywords: Any
+) -> Any:
     model = load(*arguments, **keywords)
     if values.precision:
         model = model.quantized(values.precision, weights_only=values.weights_only)
-    return model.streaming(kv=values.kv) if values.kv else model
+    return model.streaming(**changes) if changes else model
 
 
 def check_file(flag: str, path: str | None) -> None:
