@@ -24,6 +24,7 @@ from rich.table import Table
 from longlive_jax import footprint, gpus, output, sampler, sharding
 from longlive_jax.config import WAN22_TI2V_5B, ModelConfig, Precision
 from longlive_jax.flow import Flow
+from longlive_jax.train.checkpoint import shapes
 from longlive_jax.train.distill import Clips, Frozen, Party, Program
 from longlive_jax.train.dmd import DMDConfig
 from longlive_jax.train.learning import Learning
@@ -68,13 +69,7 @@ def network(cfg: ModelConfig, kind: str, mesh: Mesh):
     """By shape, each leaf in its place."""
     precision = Precision.of(kind) if kind else None
     dit = footprint.dit(dataclasses.replace(cfg, precision=precision))
-
-    def place(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        where = sharding.of_weight(name, x.shape, mesh)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree.map_with_path(place, dit)
+    return shapes(dit, sharding.of_module(dit, mesh))
 
 
 def plot(cfg: ModelConfig, batch: int, mesh: Mesh) -> tuple:
@@ -86,8 +81,10 @@ def plot(cfg: ModelConfig, batch: int, mesh: Mesh) -> tuple:
     return of(jnp.float32, 2, *text), of(jnp.float32, *text), of(jnp.int32, 4), *flags_
 
 
-def peak(row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int) -> dict[str, int]:
-    """Bytes of a device by program."""
+def programs(
+    row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int
+) -> dict[str, jax.stages.Compiled]:
+    """The student's step and the critic's, on `count` devices."""
     devices = topologies.get_topology_desc(
         platform="cuda",
         topology_name=gpu.name,
@@ -105,9 +102,7 @@ def peak(row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int) -> dict[str, int
     places = program.places(frozen)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     state = jax.eval_shape(functools.partial(program.create, key=jax.random.key(0)), frozen)
-    state = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places
-    )
+    state = shapes(state, places)
     found = {}
     for which in ("student", "critic"):
         step = getattr(program, f"{which}_step")
@@ -116,10 +111,14 @@ def peak(row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int) -> dict[str, int
             return step(state, frozen, Plot(*given), key, begins=True, goes_on=False)
 
         made = jax.jit(run, donate_argnums=0, out_shardings=(places, None, None))
-        compiled = made.lower(state, frozen, plot(cfg, count, mesh), key).compile()
-        found[which] = compiled.memory_analysis().peak_memory_in_bytes
-        logging.info("%s, %s: %.1f GB", row.name, which, found[which] / 1e9)
+        found[which] = made.lower(state, frozen, plot(cfg, count, mesh), key).compile()
+        logging.info("%s, %s: %.1f GB", row.name, which, peak(found[which]) / 1e9)
     return found
+
+
+def peak(program: jax.stages.Compiled) -> int:
+    """Bytes of a device."""
+    return program.memory_analysis().peak_memory_in_bytes
 
 
 def main(_):
@@ -127,7 +126,10 @@ def main(_):
     cfg = dataclasses.replace(WAN22_TI2V_5B, dit=dit)
     rows = [ROWS[int(i)] for i in _ROWS.value] if _ROWS.value else ROWS
     gpu = gpus.find(_GPU.value)
-    found = {row.name: peak(row, cfg, gpu, _DEVICES.value) for row in rows}
+    found = {}
+    for row in rows:
+        made = programs(row, cfg, gpu, _DEVICES.value)
+        found[row.name] = {which: peak(program) for which, program in made.items()}
     table = Table("student, teacher, critic", "student's step", "critic's step", title=gpu.title)
     for name, each in found.items():
         table.add_row(name, *(f"{size / 1e9:.1f} GB" for size in each.values()))

@@ -11,16 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from longlive_jax import sampler
+from longlive_jax import sampler, sharding
 from longlive_jax.config import ModelConfig, Recache, StreamConfig
 from longlive_jax.dit import cache as slots
-from longlive_jax.dit.attention import Beside, Cached, LayerCache
+from longlive_jax.dit.attention import KV, Beside, Cached, LayerCache
 from longlive_jax.dit.cache import Held, KVCache
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.dit.rope import phases
@@ -28,7 +28,6 @@ from longlive_jax.vae.tae import TAE
 from longlive_jax.vae.vae import VAE, VAECarry, stream
 
 Latents = Float[Array, "b f h w c"]
-KV = tuple[Any, Any]  # of all layers, kept in any way of `dit.storage`
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +36,7 @@ class Rollout:
     """Memory of `b` videos.
 
     Under guidance the cache holds twice as many rows: the conditional ones, then the unconditional
-    ones.
+    ones. mesh: over whose `sharding.BATCH` the rows are spread; None is one device.
     """
 
     cache: KVCache
@@ -46,6 +45,7 @@ class Rollout:
     chunk: Int[Array, " b"]
     shot: Int[Array, " b"]
     key: Array  # b; noise is a function of this key, the chunk and the step
+    mesh: Mesh | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 def begin(cfg: ModelConfig, seeds: Sequence[int], dtype=jnp.float32) -> Rollout:
@@ -53,7 +53,7 @@ def begin(cfg: ModelConfig, seeds: Sequence[int], dtype=jnp.float32) -> Rollout:
     return start(cfg, jnp.stack([jax.random.key(seed) for seed in seeds]), dtype)
 
 
-def start(cfg: ModelConfig, keys: Array, dtype=jnp.float32) -> Rollout:
+def start(cfg: ModelConfig, keys: Array, dtype=jnp.float32, mesh: Mesh | None = None) -> Rollout:
     """One video for each key of noise."""
     batch = len(keys)
     grid = (cfg.latent_height, cfg.latent_width, cfg.dit.channels)
@@ -64,6 +64,7 @@ def start(cfg: ModelConfig, keys: Array, dtype=jnp.float32) -> Rollout:
         slots.empty_held(cfg.stream, batch, grid, dtype),
         *zeros,
         key=keys,
+        mesh=mesh,
     )
 
 
@@ -162,9 +163,7 @@ def forward(
     """Velocity of each row of the cache, and the new keys and values; `x` has a row a video. t: of
     all videos or of each, of all frames or of each.
     """
-    rows = attn.slots.shape[0]
-    x = jnp.tile(x, (rows // x.shape[0], 1, 1, 1, 1))
-    t = jnp.tile(t.astype(jnp.float32), (rows // t.shape[0], 1))
+    x, t = _tiled(x, t, attn)
     v, state = dit(x, t, text, attn, LayerCache(*kv, jnp.zeros((), jnp.int32)))
     return v, (state.k, state.v)
 
@@ -175,15 +174,20 @@ def beside(
     """`forward` for gradients: velocity, and the keys and values that the call would have written,
     layers b f s a d.
     """
+    x, t = _tiled(x, t, attn)
     rows, frames = attn.slots.shape
-    x = jnp.tile(x, (rows // x.shape[0], 1, 1, 1, 1))
-    t = jnp.tile(t.astype(jnp.float32), (rows // t.shape[0], 1))
     tokens = x.shape[2] * x.shape[3] // (dit.cfg.patch[1] * dit.cfg.patch[2])
     shape = (dit.cfg.layers, rows, frames, tokens, dit.cfg.heads, dit.cfg.head_dim)
     none = (jnp.zeros(shape, text.k.dtype) for _ in range(2))
     state = LayerCache(*none, jnp.zeros((), jnp.int32))
     v, state = dit(x, t, text, Beside(attn, *kv), state, remat="nothing")
-    return v, (state.k, state.v)
+    return sharding.rows(v, attn.mesh), (state.k, state.v)
+
+
+def _tiled(x: Latents, t: Float[Array, "r m"], attn: Cached) -> tuple[Latents, Array]:
+    """A row of the input for each row of the cache."""
+    x, t = _tile(x, attn.slots.shape[0]), _tile(t.astype(jnp.float32), attn.slots.shape[0])
+    return sharding.rows(x, attn.mesh), t
 
 
 def enter(dit: DiT, rollout: Rollout, frames: int, stream: StreamConfig) -> tuple[Rollout, Cached]:
@@ -193,8 +197,8 @@ def enter(dit: DiT, rollout: Rollout, frames: int, stream: StreamConfig) -> tupl
     taken = slots.choose(cache, frames, stream.sink, stream.shot_sink)
     cache = slots.claim(cache, taken, *labels)
     visible = jnp.repeat(cache.filled[:, None], frames, 1)
-    attn = _attention(dit, rollout.held, cache, taken, visible, stream)
-    return dataclasses.replace(rollout, cache=cache), attn
+    rollout = dataclasses.replace(rollout, cache=cache)
+    return rollout, _attention(dit, rollout, taken, visible, stream)
 
 
 @jax.tree_util.register_dataclass
@@ -220,8 +224,9 @@ def leave(
     shown = Shown(latents, jnp.zeros((1, 1))) if shown is None else shown
     if stream.clean_recache:
         cache = slots.keep(cache, _after_cut(cache, attn.slots, stream.sink))
+        rollout = dataclasses.replace(rollout, cache=cache)
         visible = jnp.repeat(cache.filled[:, None], latents.shape[1], 1)
-        attn = _attention(dit, rollout.held, cache, attn.slots, visible, stream)
+        attn = _attention(dit, rollout, attn.slots, visible, stream)
     attn = dataclasses.replace(attn, final=True)
     _, (k, v) = forward(dit, shown.latents, shown.t, text, attn, (cache.k, cache.v))
     cache = dataclasses.replace(cache, k=k, v=v)
@@ -253,8 +258,7 @@ def _after_cut(table: slots.Table, taken: Int[Array, "b f"], sink: int) -> Bool[
 
 def _attention(
     dit: DiT,
-    held: Held,
-    cache: KVCache,
+    rollout: Rollout,
     taken: Int[Array, "rows f"],
     visible: Bool[Array, "rows f slots"],
     stream: StreamConfig,
@@ -264,9 +268,8 @@ def _attention(
     Absolute positions: each frame keeps its own and its shot's offset. Relative ones
     (`causal_model_infinity.py`) are ranks in time, and shots do not matter.
     """
-    rows, columns = (
-        n // p for n, p in zip(held.latents.shape[2:4], dit.cfg.patch[1:], strict=True)
-    )
+    cache, grid = rollout.cache, rollout.held.latents.shape[2:4]
+    rows, columns = (n // p for n, p in zip(grid, dit.cfg.patch[1:], strict=True))
 
     def at(position: Array) -> Array:
         position = position.astype(jnp.float32) * stream.time_scale
@@ -276,11 +279,12 @@ def _attention(
     position = slots.rank(cache) if stream.rope == "relative" else position
     angles, chunk = at(jnp.take_along_axis(position, taken, 1)), cache.chunk
     read = at(position) if stream.rope == "relative" else None
-    return Cached(angles, taken, jnp.take_along_axis(chunk, taken, 1), visible, read)
+    chunk = jnp.take_along_axis(chunk, taken, 1)
+    return Cached(angles, taken, chunk, visible, read, mesh=rollout.mesh)
 
 
 def _tile(x: Array, rows: int) -> Array:
-    return jnp.tile(x, rows // x.shape[0])
+    return jnp.tile(x, (rows // x.shape[0], *(1,) * (x.ndim - 1)))
 
 
 @functools.partial(jax.jit, static_argnames=("stream", "how"), donate_argnames="rollout")
@@ -307,7 +311,7 @@ def recache(
     places = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (rows, count))
     earlier = cache.chunk[:, :, None] >= cache.chunk[:, None, :]
     visible = cache.filled[:, None, :] & (earlier | (how.form == "bidirectional"))
-    attn = _attention(dit, rollout.held, cache, places, visible, stream)
+    attn = _attention(dit, rollout, places, visible, stream)
     silent = ~which
     if how.sinks == "keep":
         silent |= slots.is_sink(cache, stream.sink, stream.shot_sink)
@@ -327,7 +331,7 @@ def _window_only(rollout: Rollout, which: Bool[Array, " b"]) -> Rollout:
 
     def relabel(old: Array, labels: Array) -> Array:
         new = jnp.take_along_axis(labels, order, 1)
-        return jnp.where(_tile(which, rows)[:, None], jnp.tile(new, (rows // new.shape[0], 1)), old)
+        return jnp.where(_tile(which, rows)[:, None], _tile(new, rows), old)
 
     names = ("frame", "chunk", "shot")
     labels = {name: relabel(getattr(cache, name), getattr(held, name)) for name in names}

@@ -20,6 +20,7 @@ from longlive_jax.errors import InputError
 
 DATA, FSDP, SEQ = AXES = ("data", "fsdp", "seq")
 BATCH = (DATA, FSDP)  # both hold different videos
+MATRICES = {"kernel", "lora_a", "lora_b"}  # words in names of what is spread
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, *, devices=None) -> Mesh:
@@ -42,6 +43,13 @@ def frames(x: Array, mesh: Mesh) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH, SEQ)))
 
 
+def rows(x: Array, mesh: Mesh | None) -> Array:
+    """Says that b … is spread over videos alone, where there is a mesh."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH)))
+
+
 def of_weight(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """A parameter's place: a matrix is spread over `fsdp` and `seq` along its largest axis that
     divides. The leading axis of stacked blocks is left whole: a layer is gathered when its turn
@@ -50,9 +58,20 @@ def of_weight(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     parts, first = mesh.shape[FSDP] * mesh.shape[SEQ], int(".blocks." in f".{name}")
     fitting = [i for i in range(first, len(shape)) if shape[i] % parts == 0]
     axes: list[tuple[str, str] | None] = [None] * len(shape)
-    if fitting and parts > 1 and name.endswith(("kernel", ".lora_a", ".lora_b")):
+    if fitting and parts > 1 and not MATRICES.isdisjoint(name.split(".")):
         axes[max(fitting, key=lambda i: shape[i])] = (FSDP, SEQ)
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def of_module(module: Any, mesh: Mesh) -> Any:
+    """The place of every leaf of a transformer, in its likeness; parts of a matrix in fewer bits
+    lie as it does.
+    """
+
+    def place(path: tuple, x: Any) -> NamedSharding:
+        return of_weight(jax.tree_util.keystr(path, simple=True, separator="."), x.shape, mesh)
+
+    return jax.tree.map_with_path(place, module)
 
 
 def of_weights(weights: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:

@@ -113,6 +113,9 @@ def test_four_devices_are_one(tmp_path, given, clips, rank):
         assert one == pytest.approx(other, rel=1e-3)
     same(state, alone, rtol=1e-3, atol=2e-4)
     assert any(not x.sharding.is_fully_replicated for x in state.weights.values())
+    frozen = [run.frozen.teacher] if not rank else [run.frozen.teacher, run.frozen.student]
+    for dit in frozen:
+        assert not dit.blocks.ffn_in.kernel[...].sharding.is_fully_replicated
     if clips is LONG:
         assert not run.sequence.memory.cache.k.sharding.is_fully_replicated
 

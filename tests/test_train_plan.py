@@ -169,6 +169,12 @@ def test_what_is_in_a_loop_is_counted_as_often_as_it_runs():
         collectives.nbytes(HLO.replace("known_trip_count", "unknown"))
 
 
+def test_the_largest_of_what_is_sent():
+    assert collectives.largest(HLO) == 16
+    assert collectives.largest(HLO.replace("f32[3]{0}, f32[]", "f32[3]{0}, f32[5]")) == 32
+    assert collectives.largest("ENTRY %main (x: f32[]) -> f32[] {") == 0
+
+
 @pytest.mark.slow
 def test_the_collectives_are_those_of_a_program_that_is_there(monkeypatch):
     """The exchange of a step on devices that are here, by formula and by its program. Weights are

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from longlive_kernels.attention.chunk_table import chunk_table
 from longlive_kernels.attention.sink_window import Fresh, sink_window
 
+from longlive_jax import sharding
 from longlive_jax.dit import storage
 from longlive_jax.dit.rope import rotate
 
 Heads = Float[Array, "b n a d"]
 Keys = Float[Array, "b m a d"]
 Frames = Float[Array, "b f s a d"]
+Call = tuple[Heads, Heads, Heads]  # q, k and v
+KV = tuple[Any, Any]  # of all layers, kept in any way of `storage`
 Table = tuple[tuple[bool, ...], ...]  # rows of a boolean table: query frame, key frame
 
 
@@ -48,6 +53,9 @@ class Masked:
 
     angles: Float[Array, "b n p"]
     table: Table
+
+    def spread(self, x: Array) -> Array:
+        return x
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
         q, k = rotate(q, self.angles), rotate(k, self.angles)
@@ -74,6 +82,11 @@ class LayerCache:
     layer: Int[Array, ""]
 
 
+# Where arrays lie that have a row for each video, and those with layers in front.
+ROWS = PartitionSpec(sharding.BATCH)
+LAYERS = PartitionSpec(None, sharding.BATCH)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cached:
@@ -83,7 +96,8 @@ class Cached:
     slots: the slot of each of the call's frames; a frame that is to leave no trace names the one
     past the last. chunk: of each of them. visible: which slot each may attend. angles: phases of
     the call's frames. read: phases of all slots, where positions are relative: keys are then stored
-    as they come, and rotated when they are read. final: this is the frames' clean pass.
+    as they come, and rotated when they are read. final: this is the frames' clean pass. mesh: over
+    which the rows are spread; each device writes and attends its own.
     """
 
     angles: Float[Array, "b n p"]
@@ -92,23 +106,50 @@ class Cached:
     visible: Bool[Array, "b f slots"]
     read: Float[Array, "b m p"] | None = None
     final: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    mesh: Mesh | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+    def spread(self, x: Array) -> Array:
+        return sharding.rows(x, self.mesh)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
-        q, k, v = self.turned(q, k, v)
-        place = storage.Place(state.layer, self.slots, self.chunk, self.final)
-        kept = storage.enter(state.k, k, place), storage.enter(state.v, v, place)
-        fresh = Fresh(k, v, self.slots) if isinstance(kept[0], storage.LowBit) else None
-        return self.over(q, *kept, state.layer, fresh), LayerCache(*kept, state.layer + 1)
+        write = self.by_rows(Cached._write, (ROWS, LAYERS))
+        out, kept = write(self, (q, k, v), (state.k, state.v), state.layer)
+        return out, LayerCache(*kept, state.layer + 1)
 
-    def turned(self, q: Heads, k: Heads, v: Heads) -> tuple[Heads, Frames, Frames]:
-        """Queries, and keys and values as they are kept, b f s a d."""
+    def by_rows(self, run: Callable, made: Any) -> Callable:
+        """`run` of (self, q k v, what is kept, layer), on each device with its rows. made: where
+        its results lie. Left to itself, XLA gathers rows that are written and read by index, and
+        with them the activations of all layers.
+        """
+        if self.mesh is None:
+            return run
+        # Loops within begin with zeros, which are the same on all devices, and end with what is
+        # not: the check of that would refuse them.
+        given = (ROWS, ROWS, LAYERS, PartitionSpec())
+        return jax.shard_map(run, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
+
+    def _write(self, call: Call, kept: KV, layer: Int[Array, ""]) -> tuple[Heads, KV]:
+        q, new = self._turned(*call)
+        place = storage.Place(layer, self.slots, self.chunk, self.final)
+        k, v = (storage.enter(x, y, place) for x, y in zip(kept, new, strict=True))
+        fresh = Fresh(*new, self.slots) if isinstance(k, storage.LowBit) else None
+        return self._over(q, (k, v), layer, fresh), (k, v)
+
+    def attend_beside(self, call: Call, kept: KV, layer: Int[Array, ""]) -> tuple[Heads, KV]:
+        """Attention over the memory as it is, the call's frames in the place of their slots; and
+        their keys and values, b f s a d.
+        """
+        q, new = self._turned(*call)
+        return self._over(q, kept, layer, Fresh(*new, self.slots)), new
+
+    def _turned(self, q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Frames, Frames]]:
+        """Queries, and keys and values as they are kept."""
         q, k = rotate(q, self.angles), rotate(k, self.angles) if self.read is None else k
         shape = (*self.slots.shape, -1, *k.shape[2:])
-        return q, k.reshape(shape), v.reshape(shape)
+        return q, (k.reshape(shape), v.reshape(shape))
 
-    def over(self, q: Heads, k: Any, v: Any, layer: Int[Array, ""], fresh: Fresh | None) -> Heads:
-        """Attention over what is kept of all layers, fresh frames in the place of their slots."""
-        tables = map(storage.table, (k, v))
+    def _over(self, q: Heads, kept: KV, layer: Int[Array, ""], fresh: Fresh | None) -> Heads:
+        tables = map(storage.table, kept)
         return sink_window(q, *tables, self.visible, layer=layer, read=self.read, fresh=fresh)
 
 
@@ -124,9 +165,11 @@ class Beside:
     k: Any  # of all layers, kept in any way of `storage`
     v: Any
 
+    def spread(self, x: Array) -> Array:
+        return self.attn.spread(x)
+
     def __call__(self, q: Heads, k: Heads, v: Heads, state: LayerCache) -> tuple[Heads, LayerCache]:
-        q, k, v = self.attn.turned(q, k, v)
-        fresh = Fresh(k, v, self.attn.slots)
-        out = self.attn.over(q, self.k, self.v, state.layer, fresh)
-        new = (x.at[state.layer].set(y) for x, y in ((state.k, k), (state.v, v)))
-        return out, LayerCache(*new, state.layer + 1)
+        attend = self.attn.by_rows(Cached.attend_beside, (ROWS, ROWS))
+        out, new = attend(self.attn, (q, k, v), (self.k, self.v), state.layer)
+        made = (x.at[state.layer].set(y) for x, y in zip((state.k, state.v), new, strict=True))
+        return out, LayerCache(*made, state.layer + 1)

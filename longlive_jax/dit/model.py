@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,19 @@ from longlive_jax.config import DiTConfig
 from longlive_jax.dit.attention import attend
 from longlive_jax.layers import LayerNorm, Linear, RMSNorm, layer_norm
 
-Attn = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+@runtime_checkable
+class Attn(Protocol):
+    """See `dit.attention`."""
+
+    def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]: ...
+
+    def spread(self, x: Array) -> Array:
+        """Says where a block's tokens, and their gradients, lie on several devices: left to itself,
+        XLA gathers tokens where weights are spread, although these are fewer.
+        """
+
+
 Tokens = Float[Array, "b n e"]
 # What a block keeps for its gradient; what it does not keep is computed again.
 REMAT = {
@@ -179,7 +190,7 @@ class DiT(nnx.Module):
         @functools.partial(jax.checkpoint, policy=REMAT[remat])
         def body(carry, layer):
             block, kv = layer
-            return block(carry[0], projected, kv, attn, carry[1]), None
+            return block(attn.spread(carry[0]), projected, kv, attn, carry[1]), None
 
         (x, state), _ = jax.lax.scan(body, (x, state), (self.blocks, text))
         shift, scale = jnp.moveaxis(time[:, :, None] + self.head_modulation[...], 2, 0)

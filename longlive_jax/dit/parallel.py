@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 from longlive_kernels.attention.chunk_table import chunk_table
 
+from longlive_jax import sharding
 from longlive_jax.dit.attention import Heads, Table
 from longlive_jax.dit.rope import rotate
 from longlive_jax.sharding import BATCH, SEQ
@@ -32,6 +33,9 @@ class Ulysses:
     angles: Float[Array, "b n p"]
     table: Table
     mesh: Mesh
+
+    def spread(self, x: Array) -> Array:
+        return sharding.frames(x, self.mesh)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
         tokens = PartitionSpec(BATCH, SEQ)

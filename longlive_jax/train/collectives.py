@@ -42,6 +42,11 @@ def nbytes(hlo: str) -> dict[str, int]:
     return dict(within(entry))
 
 
+def largest(hlo: str) -> int:
+    """Bytes of the largest result of a collective on a device; 0 where there is none."""
+    return max((_array_bytes(hit[1]) for hit in _RESULT.finditer(hlo)), default=0)
+
+
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     """The lines of every computation, and the one that is run."""
     bodies, entry, lines = {}, "", []

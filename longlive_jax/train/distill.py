@@ -218,7 +218,7 @@ class Program:
         chunks = self.clips.first if begins else self.clips.next
         if begins:
             keys = ar.video_keys(start, 1, plot.prompt.shape[0])[0]
-            memory = spread(rollout.start(self.model, keys, self.dtype))
+            memory = spread(rollout.start(self.model, keys, self.dtype, self.mesh))
             at = jnp.int32(0)
         else:
             memory, at = given.memory, given.memory.chunk[0]

@@ -18,7 +18,6 @@ from absl import logging
 import longlive_jax
 from longlive_jax import lora, output, sampler, sharding
 from longlive_jax.config import ModelConfig, Precision, StreamConfig
-from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 from longlive_jax.flow import Flow
 from longlive_jax.model import Model
@@ -274,14 +273,9 @@ def frozen(cfg: DistillConfig, model: Model, program: Program) -> Frozen:
         except ValueError as error:
             raise InputError(f"precision of the {role}: {error}") from error
         dits[role] = jax.jit(functools.partial(transformer.quantize, how=how))(dits[role])
-    place = functools.partial(_placed, mesh=program.mesh)
+    placed = {
+        role: jax.device_put(dit, sharding.of_module(dit, program.mesh))
+        for role, dit in dits.items()
+    }
     vae = model.vae if program.clips.length > program.clips.first else None
-    return Frozen(place(dits["student"]), place(dits["critic"]), place(dits["teacher"]), vae)
-
-
-def _placed(dit: DiT, mesh: Any) -> DiT:
-    def put(path: tuple, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return jax.device_put(x, sharding.of_weight(name, x.shape, mesh))
-
-    return jax.tree.map_with_path(put, dit)
+    return Frozen(placed["student"], placed["critic"], placed["teacher"], vae)
