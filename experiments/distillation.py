@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import sys
 
-import jax
+import launch as launching
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -24,7 +24,6 @@ def define(default: str):
     """Flags of a launcher whose config is `default` unless it is told another one."""
     config = config_flags.DEFINE_config_file("config", default)
     flags.DEFINE_string("workdir", None, "Checkpoints, metrics, samples.", required=True)
-    flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices.", 0)
     return config
 
 
@@ -63,8 +62,7 @@ def _party(fields: dict) -> Party:
 
 def launch(config: ConfigDict) -> None:
     logging.get_absl_handler().addFilter(told_by_us)
-    if flags.FLAGS.cpu_devices:
-        jax.config.update("jax_num_cpu_devices", flags.FLAGS.cpu_devices)
+    launching.devices()
     cache_dir.enable()
     try:
         run = distill_run.Run(config_of(config), pathlib.Path(flags.FLAGS.workdir))

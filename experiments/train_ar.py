@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 import sys
 
-import jax
+import launch
 from absl import app, flags, logging
 from longlive_kernels.nvfp4.linear import Recipe
 from ml_collections import ConfigDict, config_flags
@@ -29,11 +29,6 @@ from longlive_jax.train.state import OptimizerConfig
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, samples.", required=True)
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/ar_toy.py")
-_CPU = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices, where there is no accelerator.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes run this command.")
-_PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is.")
-_CLUSTER = flags.DEFINE_bool("cluster", False, "Take these from Slurm, Open MPI or Kubernetes.")
 
 
 def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConfig:
@@ -57,21 +52,9 @@ def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConf
         raise InputError(f"the config does not fit: {error}") from error
 
 
-def devices() -> None:
-    """Finds the devices of all processes."""
-    if _CPU.value:
-        jax.config.update("jax_num_cpu_devices", _CPU.value)
-    if _CLUSTER.value:
-        jax.distributed.initialize()
-    elif _PROCESSES.value > 1:
-        if jax.config.jax_platforms == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-
-
 def main(_):
     logging.get_absl_handler().addFilter(told_by_us)
-    devices()
+    launch.devices()
     cache_dir.enable()
     try:
         model = longlive_jax.load(_CONFIG.value.model)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -26,13 +28,19 @@ MATRICES = {"kernel", "lora_a", "lora_b"}  # words in names of what is spread
 def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, *, devices=None) -> Mesh:
     """A mesh of data x fsdp x seq devices, neighbours in `seq` side by side.
 
-    Raises InputError where there are not as many devices.
+    Raises InputError where there are not as many devices, or fewer are asked for than several
+    processes have.
     """
-    devices = jax.devices() if devices is None else devices
+    given, devices = devices, jax.devices() if devices is None else devices
     if data * fsdp * seq > len(devices):
         raise InputError(
             f"a mesh of {data} x {fsdp} x {seq} needs {data * fsdp * seq} devices, there are"
             f" {len(devices)}"
+        )
+    if given is None and jax.process_count() > 1 and data * fsdp * seq < len(devices):
+        raise InputError(
+            f"a mesh of several processes must have all their {len(devices)} devices, not"
+            f" {data * fsdp * seq}"
         )
     shape, used = (data, fsdp, seq), devices[: data * fsdp * seq]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
@@ -48,6 +56,13 @@ def rows(x: Array, mesh: Mesh | None) -> Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH)))
+
+
+def whole(x: Array) -> np.ndarray:
+    """On the host, also what lies on devices of other processes, which must all ask for it."""
+    if not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def of_weight(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

@@ -39,6 +39,19 @@ def multiply(total: Total, left, right):
     total.value += left.astype(jnp.float32) @ right.astype(jnp.float32)
 
 
+def multiply_to_memory(total, left, right, barrier=None, *, accumulate=True):
+    """Stands in for a product of Blackwell's, which is done as it is asked for."""
+    result = Total(total[...] if accumulate else jnp.zeros(total.shape, jnp.float32))
+    multiply(result, left, right)
+    total[...] = result.value
+    if barrier is not None:
+        plgpu.barrier_arrive(barrier)
+
+
+def store_to_memory(ref, value):
+    ref[...] = value
+
+
 def run_scoped(body, accumulator):
     return body(Total(jnp.zeros(accumulator.shape, accumulator.dtype)))
 
@@ -63,8 +76,9 @@ class Transposed:
 @contextlib.contextmanager
 def simulated():
     """Mosaic's simulator has barriers, copies and memories, and looks for races. It has no layouts,
-    no transposed references, and no accumulators that begin with a value: products are plain ones
-    here. What lies beyond the end of an array is read as zeros, as it is on a GPU.
+    no transposed references, no accumulators that begin with a value and no memory of tensor cores:
+    products are plain ones here, that memory is as any other, and arrays that share some of it have
+    each their own. What lies beyond the end of an array is read as zeros, as it is on a GPU.
     """
     from jax._src.pallas.mosaic.interpret import thread_map
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
@@ -81,6 +95,14 @@ def simulated():
         (pl, "run_scoped"): run_scoped,
         (pl, "run_state"): run_state,
         (plgpu, "wgmma"): multiply,
+        (plgpu, "TMEM"): lambda shape, dtype, **_: plgpu.SMEM(shape, dtype),
+        (plgpu, "RefUnion"): lambda *refs: refs,
+        (plgpu, "tcgen05_mma"): multiply_to_memory,
+        (plgpu, "tcgen05_commit_arrive"): plgpu.barrier_arrive,
+        (plgpu, "async_load_tmem"): lambda ref, **_: ref[...],
+        (plgpu, "async_store_tmem"): store_to_memory,
+        (plgpu, "wait_load_tmem"): lambda: None,
+        (plgpu, "commit_tmem"): lambda: None,
         (plgpu, "load"): lambda ref, index, **_: ref[...],
         (plgpu, "layout_cast"): lambda x, layout: x,
         (plgpu, "transpose_ref"): Transposed,

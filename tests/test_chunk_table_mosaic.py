@@ -1,4 +1,4 @@
-"""The kernels for Hopper on the CPU: their lists, what they refuse, and in a simulator beside the
+"""The kernels for GPUs on the CPU: their lists, what they refuse, and in a simulator beside the
 reference.
 """
 
@@ -56,23 +56,26 @@ def gradients(attention):
 
 
 @functools.cache
-def ours(name: str):
+def ours(name: str, sm: int = 90):
     shape = SIMULATED[name]
     with mosaic_on_cpu.simulated():
-        run = jax.jit(gradients(functools.partial(mosaic.attend, table=shape.table)))
+        run = jax.jit(gradients(functools.partial(mosaic.attend, table=shape.table, sm=sm)))
         return jax.block_until_ready(run(*qkv(shape)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SIMULATED)
-def test_it_means_what_the_reference_means(name):
+@pytest.mark.parametrize(
+    ("name", "sm"),
+    [*((name, 90) for name in SIMULATED), ("1.3b", 100), ("fewer_queries", 100), ("no_keys", 100)],
+)
+def test_it_means_what_the_reference_means(name, sm):
     """bfloat16 has 8 bits: the output is off by its own rounding and that of the weights, 2^-8
     each; gradients by two more roundings.
     """
     shape = SIMULATED[name]
     reference = functools.partial(chunk_table, table=shape.table, implementation="reference")
     theirs = jax.jit(gradients(reference))(*(x.astype(jnp.float32) for x in qkv(shape)))
-    for mine, its, tolerance in zip(ours(name), theirs, (2**-7, *3 * [2**-6]), strict=True):
+    for mine, its, tolerance in zip(ours(name, sm), theirs, (2**-7, *3 * [2**-6]), strict=True):
         assert mine.dtype == jnp.bfloat16
         mine, its = np.asarray(mine, np.float32), np.asarray(its)
         assert np.isfinite(mine).all()
@@ -87,11 +90,12 @@ def test_runs_repeat_to_the_bit():
 
 
 @pytest.mark.slow
-def test_rows_without_a_key_are_zero():
+@pytest.mark.parametrize("sm", [90, 100])
+def test_rows_without_a_key_are_zero(sm):
     shape = SIMULATED["no_keys"]
     empty = np.repeat(~shape.table.array.any(1), shape.tokens)
     assert empty.any() and not empty.all()
-    for x in ours("no_keys")[:2]:  # the output, and the gradient of q
+    for x in ours("no_keys", sm)[:2]:  # the output, and the gradient of q
         assert not x[:, empty].any() and x[:, ~empty].any()
 
 
@@ -124,6 +128,7 @@ BOTH = {
     "queries": (mosaic_lists.over_keys, (TILE, mosaic.QUERIES.tile)),
     "keys": (mosaic_lists.over_queries, (mosaic.KEYS.tile, TILE)),
 }
+ALL = BOTH | {"queries of Blackwell": (mosaic_lists.over_keys, (2 * TILE, mosaic.BLACKWELL.tile))}
 LONG = {
     f"{frames} {'in one order' if ranks == 1 else f'on {ranks} ranks'}": (frames, ranks)
     for frames in (96, 192, 384)
@@ -133,12 +138,12 @@ LONG = {
 
 def lists_of(shape: shapes.Shape, kind: str) -> tuple[mosaic_lists.Lists, np.ndarray]:
     """And the table, its rows those of the tiles that have lists."""
-    make, sizes = BOTH[kind]
-    table = shape.table.array if kind == "queries" else shape.table.array.T
+    make, sizes = ALL[kind]
+    table = shape.table.array.T if kind == "keys" else shape.table.array
     return make(shape.table, (shape.tokens,) * 2, *sizes), table
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("name", LISTED)
 def test_every_visible_pair_of_tokens_is_visited_once(name, kind):
     shape = LISTED[name]
@@ -192,9 +197,10 @@ def test_places_are_those_of_the_tiles():
         places = mosaic_lists.places(shape.table, shape.tokens)
         n = shape.queries[1]
         np.testing.assert_array_equal(np.sort(places[places < n]), np.arange(n))
-        for kind in BOTH:
+        for kind in ALL:
             lists, _ = lists_of(shape, kind)
-            tiles = lists.outer[:, [0, 2, 1]] if kind == "queries" else lists.inner
+            tiles = lists.inner if kind == "keys" else lists.outer[:, [0, 2, 1]]
+            assert kind == "keys" or lists.places == len(places)
             for start, place, count in tiles:
                 expected = np.arange(start, start + count)
                 np.testing.assert_array_equal(places[place : place + count], expected)
@@ -206,7 +212,8 @@ def test_places_are_those_of_the_tiles():
         ((1, 16, 1, 128), jnp.bfloat16, 90, None),
         ((1, 16, 1, 64), jnp.bfloat16, 90, None),
         ((1, 16, 1, 128), jnp.bfloat16, None, "needs an NVIDIA GPU"),
-        ((1, 16, 1, 128), jnp.bfloat16, 100, "is for Hopper (sm_90), not sm_100"),
+        ((1, 16, 1, 128), jnp.bfloat16, 100, None),
+        ((1, 16, 1, 128), jnp.bfloat16, 120, "is for sm_90, sm_100, sm_103, not sm_120"),
         ((1, 16, 1, 128), jnp.float32, 90, "in bfloat16, not float32"),
         ((1, 16, 1, 32), jnp.bfloat16, 90, "needs heads 64 or 128 wide, not 32"),
         ((1, 30, 1, 128), jnp.bfloat16, 90, "of a multiple of 8 tokens, not 15"),
@@ -218,7 +225,7 @@ def test_it_says_what_it_lacks(shape, dtype, sm, reason):
     assert found is None if reason is None else reason in found
 
 
-@pytest.mark.parametrize("sm", [None, 90])
+@pytest.mark.parametrize("sm", [None, 90, 100])
 def test_it_is_never_the_default(monkeypatch, sm):
     monkeypatch.setattr(arch, "default", lambda: sm)
     x, table = jnp.zeros((1, 16, 1, 128), jnp.bfloat16), Table.of(np.ones((2, 2), bool))
@@ -230,9 +237,10 @@ def test_it_is_never_the_default(monkeypatch, sm):
         assert api._backend("mosaic", x, x, x, table) is mosaic
 
 
-def test_it_goes_through_every_transformation(monkeypatch):
+@pytest.mark.parametrize("sm", [90, 100])
+def test_it_goes_through_every_transformation(monkeypatch, sm):
     """As far as types: what is made of it runs on a GPU alone."""
-    monkeypatch.setattr(arch, "default", lambda: 90)
+    monkeypatch.setattr(arch, "default", lambda: sm)
     shape = SIMULATED["fewer_queries"]
     attention = functools.partial(chunk_table, table=shape.table, implementation="mosaic")
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))

@@ -35,6 +35,7 @@ SCHEMA = HEAD | {
     "peak_memory_bytes": int,
     "compile_s": float,
     "steps": int,
+    "clean_pass": bool,
     "warmup_chunks": int,
     "window": int,
     "chunk_flops": float,

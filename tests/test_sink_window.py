@@ -12,6 +12,7 @@ import mosaic_on_cpu
 import numpy as np
 import pytest
 from longlive_kernels import arch
+from longlive_kernels.attention import mosaic_tcgen05, tile
 from longlive_kernels.attention.sink_window import (
     Fresh,
     Scaled,
@@ -56,7 +57,10 @@ SIMULATED = {
     "frames_differ": sized("frames_differ", 72),
     "sinks": sized("sinks", 200),
     "all_but_one_empty": sized("all_but_one_empty", 128),
+    # Blocks of 128 queries and of 256 that are full, and one that is not.
+    "one_slot": sized("one_slot", 264),
 }
+ARCHITECTURES = (90, 100)
 
 
 def table(rng, sizes: tuple[int, ...], kind: str) -> kept.Kept:
@@ -389,33 +393,57 @@ def simulator():
 
 
 @functools.cache
-def simulated(name: str, kind: str) -> np.ndarray:
+def simulated(name: str, kind: str, sm: int) -> np.ndarray:
+    attend = jax.jit(functools.partial(mosaic.attend, sm=sm))
     with simulator():
-        return np.asarray(jax.jit(mosaic.attend)(made(SIMULATED[name], kind, "bfloat16")), "f4")
+        return np.asarray(attend(made(SIMULATED[name], kind, "bfloat16")), "f4")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "kind", "sm"),
     [
-        *((name, "bfloat16") for name in SIMULATED),
-        ("sinks", "int8"),
-        ("rows_differ", "fp8"),
-        ("rows_differ", "nvfp4"),
-        ("frames_differ", "nvfp4"),
+        *((name, "bfloat16", sm) for name in SIMULATED for sm in ARCHITECTURES),
+        ("sinks", "int8", 90),
+        ("sinks", "int8", 100),
+        ("rows_differ", "fp8", 90),  # unpacked by the same for both
+        ("rows_differ", "nvfp4", 90),
+        ("frames_differ", "nvfp4", 90),
+        ("frames_differ", "nvfp4", 100),
     ],
 )
-def test_mosaic_means_what_the_reference_means(name, kind):
+def test_mosaic_means_what_the_reference_means(name, kind, sm):
     call = made(SIMULATED[name], kind, "bfloat16")
-    assert mosaic.unsupported(call, sm=90) is None
+    assert mosaic.unsupported(call, sm=sm) is None
     expected, _ = results(call, ())
-    close(simulated(name, kind), expected, BFLOAT16)
+    close(simulated(name, kind, sm), expected, BFLOAT16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("rows_differ", "bfloat16"), ("rows_differ", "nvfp4")])
-def test_runs_of_mosaic_repeat_to_the_bit(name, kind):
-    np.testing.assert_array_equal(simulated(name, kind), simulated.__wrapped__(name, kind))
+@pytest.mark.parametrize(
+    ("name", "kind", "sm"),
+    [("rows_differ", "bfloat16", 90), ("rows_differ", "nvfp4", 90), ("sinks", "bfloat16", 100)],
+)
+def test_runs_of_mosaic_repeat_to_the_bit(name, kind, sm):
+    np.testing.assert_array_equal(simulated(name, kind, sm), simulated.__wrapped__(name, kind, sm))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_queries_that_see_nothing_are_zero_by_mosaic(sm):
+    found = simulated("rows_differ", "bfloat16", sm)
+    assert not found[2].any() and found[[0, 1, 3]].all(-1).any()
+
+
+@pytest.mark.parametrize(("units", "coded"), mosaic.BLOCKS)
+def test_threads_have_the_registers_that_they_ask_for(units, coded):
+    """A core has 64 Ki of them. Threads that ask for more than are left wait for ever."""
+    loads, has_softmax = mosaic.BLOCKS[units, coded].registers
+    others = [mosaic_tcgen05.ASKING] if units == "tcgen05" else []
+    assert len(others) + 1 + tile.GROUPS == mosaic._kernel(units).warpgroups
+    each = [loads, *others, *[has_softmax] * tile.GROUPS]
+    assert all(24 <= count <= 256 and count % 8 == 0 for count in each)
+    assert 128 * sum(each) <= 2**16
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "nvfp4"])
@@ -461,7 +489,8 @@ def test_mosaic_says_what_it_lacks():
     call = made(SIMULATED["rows_differ"], "bfloat16", "bfloat16")
     for changes, sm, reason in (
         ({}, None, "needs an NVIDIA GPU"),
-        ({}, 100, r"is for Hopper \(sm_90\), not sm_100"),
+        ({}, 120, "is for sm_90, sm_100, sm_103, not sm_120"),
+        (dict(q=call.q.astype(jnp.float32)), 100, "queries in bfloat16, not float32"),
         (dict(q=call.q.astype(jnp.float32)), 90, "queries in bfloat16, not float32"),
         (dict(k=call.k.astype(jnp.float32)), 90, "not float32"),
         (dict(read=jnp.zeros((4, 8 * 24, 64))), 90, "does not turn keys as it reads them"),

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
-from longlive_kernels.attention.tile import GROUPS, ROWS, SLAB
+from longlive_kernels.attention.tile import GROUPS, SLAB
 
 Scalar = Int32[Array, ""]
 Ref = Any  # of Mosaic, to arrays or parts of them
@@ -102,7 +102,8 @@ def filled(listed: list[Ref], entry: Scalar) -> Scalar:
 
 def store(tile: Ref, target: Ref, work: Work, ragged: bool):
     """This warpgroup's rows, but none beyond the run's end, which are another tile's."""
-    first = lax.axis_index("group") * ROWS
+    size = tile.shape[0]
+    first = lax.axis_index("group") * size
     left = work.count - first
 
     def copy(at: int, size: int):
@@ -110,13 +111,13 @@ def store(tile: Ref, target: Ref, work: Work, ragged: bool):
         plgpu.copy_smem_to_gmem(tile.at[pl.ds(at, size)], rows)
 
     if not ragged:
-        copy(0, ROWS)
+        copy(0, size)
         return
-    pl.when(left >= ROWS)(lambda: copy(0, ROWS))
+    pl.when(left >= size)(lambda: copy(0, size))
 
-    @pl.when(left < ROWS)
+    @pl.when(left < size)
     def _():
-        for at in range(0, ROWS, SLAB):
+        for at in range(0, size, SLAB):
             pl.when(at < left)(lambda at=at: copy(at, SLAB))
 
 
@@ -126,17 +127,22 @@ def swizzled(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def barriers(name: str, stages: int, arrivals: int = 1) -> dict[str, Any]:
-    """Of a stream, which has so many parts."""
+def barriers(
+    name: str, stages: int, arrivals: int = 1, tensor_cores: bool = False
+) -> dict[str, Any]:
+    """Of a stream, which has so many parts. tensor_cores: they tell what is done with, at once for
+    the whole block.
+    """
+    done = dict(orders_tensor_core=True) if tensor_cores else dict(num_arrivals=GROUPS)
     return {
         f"{name}_loaded": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-        f"{name}_consumed": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        f"{name}_consumed": plgpu.Barrier(num_barriers=stages, **done),
     }
 
 
-def zeros(*shape: int) -> Array:
+def zeros(*shape: int, layout: Any = LAYOUT) -> Array:
     """float32 in registers, as tensor cores leave it; one number of each row."""
-    layout = LAYOUT if len(shape) == 2 else LAYOUT.reduce(1)
+    layout = layout if len(shape) == 2 else layout.reduce(1)
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
@@ -160,9 +166,9 @@ def down(x: Array, shape: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(x, shape, (1,))
 
 
-def masked(scores: Array, count: Scalar) -> Array:
+def masked(scores: Array, count: Scalar, layout: Any = LAYOUT) -> Array:
     """-inf for keys that are not of the tile."""
-    column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=LAYOUT)
+    column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=layout)
     return jnp.where(column < count, scores, -jnp.inf)
 
 

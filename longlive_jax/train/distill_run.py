@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
 import longlive_jax
@@ -119,11 +118,15 @@ class Run:
             self.checkpoints.close()
 
     def finish(self, state: DistillState) -> None:
-        """Writes the averaged LoRA of a run that is over, alone: `lora.safetensors`."""
+        """Writes the averaged LoRA of a run that is over, alone: `lora.safetensors`. Of several
+        processes, one does.
+        """
         learning = self.program.student.learning
-        if learning.rank and int(state.step) == self.cfg.student.optimizer.steps:
-            path = self.workdir / "lora.safetensors"
-            lora.save(path, jax.tree.map(np.asarray, learning.adapter(state.ema)))
+        if not learning.rank or int(state.step) < self.cfg.student.optimizer.steps:
+            return
+        learned, path = jax.tree.map(sharding.whole, state.ema), self.workdir / "lora.safetensors"
+        if jax.process_index() == 0:
+            lora.save(path, learning.adapter(learned))
             logging.info("wrote %s", path)
 
     def _begin(self) -> DistillState:
@@ -167,7 +170,7 @@ class Run:
     ) -> tuple[DistillState, loop.Found]:
         clips, goes_on = self.program.clips, self.program.clips.length > self.program.clips.first
         given = self.sequence
-        if given is not None and not clips.fits(int(given.memory.chunk[0])):
+        if given is not None and not clips.fits(given.chunks):
             given = None
         begins = given is None
         run = self._compiled(which, begins=begins, goes_on=goes_on)
@@ -184,9 +187,12 @@ class Run:
         self.checkpoints.save(state, self.prompts.get_state(), self.cfg.to_json(), kept)
 
     def _sample(self, state: DistillState, step: int) -> None:
-        cfg, model = self.cfg, tuned(self.model, self.program.student.learning, state.ema)
-        folder = self.workdir / "samples" / f"{step:06d}"
-        samples.write(model, cfg.sample_prompts, cfg.sample_seconds, folder)
+        cfg, learning = self.cfg, self.program.student.learning
+        learned = jax.tree.map(sharding.whole, state.ema)  # all processes take part, one goes on
+        if jax.process_index() == 0:
+            model = tuned(self.model, learning, jax.tree.map(jnp.asarray, learned))
+            folder = self.workdir / "samples" / f"{step:06d}"
+            samples.write(model, cfg.sample_prompts, cfg.sample_seconds, folder)
 
 
 def sequence_like(program: Program, frozen: Frozen, plot: Plot) -> tuple[list[Any], Any]:

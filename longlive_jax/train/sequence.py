@@ -73,6 +73,11 @@ class Sequence:
     latents: Latents
     carry: VAECarry
 
+    @property
+    def chunks(self) -> int:
+        """Made so far; of all videos as many."""
+        return int(self.memory.chunk.addressable_data(0)[0])
+
 
 Videos = TypeVar("Videos", Rollout, Sequence)
 

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from longlive_kernels.nvfp4.linear import Recipe
 
 from longlive_jax import gpus, output, sharding, weights
@@ -80,7 +78,7 @@ class Run:
         )
         self.cfg, self.model, self.workdir = cfg, model, workdir
         mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.seq)
-        _check_config(cfg, mesh)
+        _check_config(cfg)
         frames = cfg.source.chunks * cfg.ar.stream.chunk
         ar.check(cfg.ar, frames, model.config.dit.heads, cfg.seq)
         source.check(cfg.source, mesh)
@@ -167,30 +165,18 @@ class Run:
             samples.write(model, cfg.sample_prompts, cfg.sample_seconds, folder)
 
 
-def _check_config(cfg: TrainConfig, mesh: Mesh) -> None:
+def _check_config(cfg: TrainConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype {cfg.dtype!r}: choose one of {', '.join(DTYPES)}")
     try:
         optimizer(cfg.optimizer)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if jax.process_count() > 1 and mesh.size < jax.device_count():
-        raise InputError(
-            f"a mesh of several processes must have all their {jax.device_count()} devices, not"
-            f" {mesh.size}"
-        )
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-    """On the host, also what lies on devices of other processes, which must all ask for it."""
-    if not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
 
 
 def _flat(x: jax.Array) -> np.ndarray:
     """parts b … -> b …, on the host."""
-    return _whole(x).reshape(-1, *x.shape[2:])
+    return sharding.whole(x).reshape(-1, *x.shape[2:])
 
 
 def _fresh(config: ModelConfig, seed: int) -> DiT:
@@ -235,7 +221,7 @@ def _averaged(model: Model, state: TrainState) -> Model | None:
     """The model with averaged weights; None in processes that make no samples."""
     averaged, own = {}, weights.flatten(model.dit)
     for name, x in state.ema.items():
-        x = _whole(x)  # all processes take part; one makes the videos, on one device
+        x = sharding.whole(x)  # all processes take part; one makes the videos, on one device
         if jax.process_index() == 0:
             averaged[name] = jnp.asarray(x, own[name].dtype)
     if not averaged:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from longlive_kernels import arch
 from longlive_kernels.attention.chunk_table import Table, mosaic, shapes
 
 SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
@@ -43,7 +44,7 @@ def main(gpu: str, name: str, ranks: str = "1") -> int:
     spec, shape, count = (SPECS / f"{gpu}.txtpb").read_text(), CALLS[name], int(ranks)
     described = dict(platform="cuda", topology_name=gpu, target_config=spec)
     devices = topologies.get_topology_desc(**described, topology=f"1x{count}x1").devices
-    attention = functools.partial(mosaic.attend, table=shape.table)
+    attention = functools.partial(mosaic.attend, table=shape.table, sm=arch.of(devices[0]))
     if count == 1:
         sharding = SingleDeviceSharding(devices[0])
     else:

@@ -1,5 +1,5 @@
 """Compiles attention over slots in Mosaic for a described GPU: `sink_window_program.py GPU SHAPE
-KIND`.
+KIND [SM]`. SM: the architecture that the kernel is written for, of another GPU.
 
 A program of its own, because Mosaic keeps the architecture it has first compiled for as long as its
 process runs (jax 0.10.2).
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from longlive_kernels import arch
 from longlive_kernels.attention.sink_window import Fresh, Scaled, mosaic
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.shapes import SHAPES
@@ -21,12 +22,13 @@ SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
 EIGHT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
-def main(gpu: str, name: str, kind: str) -> int:
+def main(gpu: str, name: str, kind: str, sm: str = "") -> int:
     """Bytes of temporary arrays."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     spec = (SPECS / f"{gpu}.txtpb").read_text()
     described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(**described).devices[0])
+    device = topologies.get_topology_desc(**described).devices[0]
+    sharding, written = SingleDeviceSharding(device), int(sm) if sm else arch.of(device)
     shape = SHAPES[name]
     *lead, tokens, heads, width = shape.keys
 
@@ -45,7 +47,7 @@ def main(gpu: str, name: str, kind: str) -> int:
     def attend(q, k, v, visible, layer, fresh):
         make = {1: lambda x: x, 2: Scaled, 3: lambda *x: NVFP4(*x, "mse")}[len(k)]
         fresh = None if kind == "bfloat16" else Fresh(*fresh)
-        return mosaic.attend(Call(q, make(*k), make(*v), visible, layer, None, fresh))
+        return mosaic.attend(Call(q, make(*k), make(*v), visible, layer, None, fresh), sm=written)
 
     rows, _, slots = shape.table.shape
     new = array((rows, len(shape.own), tokens, heads, width))

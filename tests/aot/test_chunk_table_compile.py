@@ -1,5 +1,5 @@
-"""Training attention of Mosaic compiled for an H100 that is not there: what the programs are made
-of. Needs the [aot] extra.
+"""Training attention of Mosaic compiled for GPUs that are not there: what the programs are made of.
+Needs the [aot] extra.
 """
 
 import os
@@ -63,3 +63,18 @@ def test_training_attention_compiles_for_hopper(name, ranks):
     shape = CALLS[name]
     numbers = 4 * shape.batch * shape.heads * shape.queries[1]
     assert 2 * numbers <= int(temporary) < 2.1 * numbers
+
+
+@pytest.mark.parametrize("name", ["5b_96_frames_4_ranks", "1.3b_window"])
+def test_it_compiles_for_blackwell(name):
+    """Forward: the gradient has no kernel of its own."""
+    status, text = compiled("b200", name)
+    assert status == 0
+    (kernel,) = re.findall(r"Compiling entry function '(\w+)_mosaic_gpu_kernel'", text)
+    assert kernel == "chunk_table_forward"
+    assert text.count(SPILLS) == 1
+    (registers,) = re.findall(r"Used (\d+) registers", text)
+    assert int(registers) <= 128  # what 512 threads may have
+    assert "tcgen05.mma.cta_group::1.kind::f16" in text
+    (memory,) = LAUNCH.findall(text)
+    assert int(memory) <= 227 * 1024

@@ -24,16 +24,21 @@ pytestmark = pytest.mark.aot
 PROGRAM = pathlib.Path(__file__).with_name("sink_window_program.py")
 PRESETS = {"5b": WAN22_TI2V_5B, "1.3b": WAN21_T2V_1_3B}
 REAL = ["5b_chunk", "5b_recache", "1.3b_chunk"]
+# What a GPU's kernel multiplies with, and the threads of a block.
+COMPILED = {
+    "h100": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", 384),
+    "b200": ("tcgen05.mma.cta_group::1.kind::f16", 512),
+}
 
 
-def mosaic_program(gpu: str, name: str, kind: str) -> tuple[int, str]:
+def mosaic_program(*args: str) -> tuple[int, str]:
     """The exit status of compiling the kernel, and its PTX and what ptxas says of it."""
     pytest.importorskip(
         "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
     )
     dumps = {f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTX", "PTXAS")}
     done = subprocess.run(
-        [sys.executable, PROGRAM, gpu, name, kind],
+        [sys.executable, PROGRAM, *args],
         env=os.environ | dumps,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -47,16 +52,28 @@ def temporary(text: str) -> int:
     return int(size)
 
 
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("kind", shapes.KINDS)
-def test_mosaic_compiles_for_hopper(name, kind):
+@pytest.mark.parametrize(
+    ("gpu", "name", "kind"),
+    [
+        *(("h100", name, kind) for name in REAL for kind in shapes.KINDS),
+        *(("b200", name, "bfloat16") for name in REAL),
+        ("b200", "5b_chunk", "int8"),
+        ("b200", "1.3b_chunk", "fp8"),
+        ("b200", "5b_recache", "nvfp4"),
+    ],
+)
+def test_mosaic_compiles(gpu, name, kind):
     """Nothing is spilled, and slots are neither copied nor unpacked in memory."""
-    status, text = mosaic_program("h100", name, kind)
+    status, text = mosaic_program(gpu, name, kind)
     assert status == 0, text[-2000:]
-    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in text
+    instruction, threads = COMPILED[gpu]
+    assert instruction in text
     assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text) == [("0", "0")]
     (registers,) = re.findall(r"Used (\d+) registers", text)
-    assert int(registers) <= 168  # what 384 threads may have
+    assert int(registers) <= 2**16 // threads // 8 * 8
+    if gpu == "b200":
+        (columns,) = re.findall(r"mov\.b32\s+(%r\d+), (\d+);\s+tcgen05\.alloc\S+\s+\S+ \1;", text)
+        assert columns[1] == "512"  # all of the tensor cores' memory: one block at a time
     # Small numbers are zeros to what flushes them: unpacking must not.
     assert set(re.findall(r"\S*ftz\S*", text)) <= {"ex2.approx.ftz.f32"}
     shape = shapes.SHAPES[name]
@@ -68,10 +85,11 @@ def test_mosaic_compiles_for_hopper(name, kind):
     assert temporary(text) < 1.1 * (scales + ordered) + 1e5
 
 
-def test_the_kernel_for_hopper_does_not_compile_for_blackwell():
-    status, text = mosaic_program("b200", "5b_chunk", "bfloat16")
+@pytest.mark.parametrize(("gpu", "sm", "units"), [("b200", 90, "wgmma"), ("h100", 100, "tcgen05")])
+def test_a_kernel_does_not_compile_for_another_architecture(gpu, sm, units):
+    status, text = mosaic_program(gpu, "5b_chunk", "bfloat16", str(sm))
     assert status != 0
-    assert "wgmma" in text
+    assert units in text
 
 
 @pytest.mark.parametrize("gpu", ["h100", "b200"])

@@ -1,7 +1,8 @@
-"""Attention and its gradient for Hopper (sm_90), in Pallas for Mosaic GPU.
+"""Attention for Hopper and Blackwell, and its gradient for Hopper, in Pallas for Mosaic GPU.
 
-Three kernels: mosaic_forward.py, mosaic_queries.py (the gradient of q) and mosaic_keys.py (those of
-k and v). Each reads the tiles of mosaic_lists.py and no other. A tile lies where its run begins, or
+Three kernels for Hopper (sm_90): mosaic_forward.py, mosaic_queries.py (the gradient of q) and
+mosaic_keys.py (those of k and v). One for Blackwell: mosaic_tcgen05.py, whose gradient is XLA's
+(vjp.py). Each reads the tiles of mosaic_lists.py and no other. A tile lies where its run begins, or
 a multiple of its size behind that; the last of a run that is no multiple of it is read with what
 follows, whose weights are zero, and which must be finite.
 """
@@ -11,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels import arch
-from longlive_kernels.attention.chunk_table import mosaic_lists, tiles
+from longlive_kernels.attention.chunk_table import mosaic_lists, tiles, vjp
 from longlive_kernels.attention.chunk_table.table import Table
-from longlive_kernels.attention.chunk_table.vjp import differentiable
-from longlive_kernels.attention.tile import SLAB, TILE
+from longlive_kernels.attention.tile import SLAB, TILE, UNITS
 
-ARCH = 90
 WIDTHS = (64, 128)
 
 
@@ -34,6 +34,7 @@ class Blocks:
 
 
 FORWARD = Blocks(tile=128, stages=2, registers=(40, 232))
+BLACKWELL = Blocks(tile=128, stages=2, registers=(24, 232))
 QUERIES = Blocks(tile=128, stages=2, registers=(24, 240))
 KEYS = Blocks(tile=64, stages=4, registers=(24, 240))
 
@@ -47,8 +48,8 @@ def unsupported(q: Array, k: Array, v: Array, table: Table, *, sm: int | None = 
     sm = arch.default() if sm is None else sm
     if sm is None:
         return "needs an NVIDIA GPU"
-    if sm != ARCH:
-        return f"is for Hopper (sm_{ARCH}), not sm_{sm}"
+    if sm not in UNITS:
+        return f"is for {', '.join(f'sm_{x}' for x in UNITS)}, not sm_{sm}"
     kinds = sorted({x.dtype.name for x in (q, k, v)})
     if kinds != ["bfloat16"]:
         return f"takes q, k and v in bfloat16, not {', '.join(kinds)}"
@@ -73,6 +74,21 @@ def forward(q: Heads, k: Keys, v: Keys, table: Table) -> tuple[Heads, Sums]:
         empty = mosaic_lists.places(table, _tokens(q, k, table)[0]) == q.shape[1]
         sums = jnp.where(jnp.asarray(empty), jnp.float32(jnp.inf), sums)
     return out, sums
+
+
+def forward_on_blackwell(q: Heads, k: Keys, v: Keys, table: Table) -> tuple[Heads, vjp.Sums]:
+    """The output, and of every query the logarithm of its sum of exponentials, as `vjp.backward`
+    takes it; inf where it sees no key.
+    """
+    from longlive_kernels.attention.chunk_table.mosaic_tcgen05 import attended
+
+    tokens = _tokens(q, k, table)
+    lists = mosaic_lists.over_keys(table, tokens, 2 * TILE, BLACKWELL.tile)
+    out, sums = tiles.alike(*attended(q, k, v, lists), q)[:2]
+    places = mosaic_lists.places(table, tokens[0])
+    place = np.argsort(places, kind="stable")[: q.shape[1]]  # of every query
+    sums = jnp.take(sums, jnp.asarray(place), axis=2) * np.float32(np.log(2))
+    return out, sums.swapaxes(1, 2)
 
 
 def backward(
@@ -101,4 +117,12 @@ def _tokens(q: Array, k: Array, table: Table) -> tuple[int, int]:
     return q.shape[1] // table.shape[0], k.shape[1] // table.shape[1]
 
 
-attend = differentiable(forward, backward)
+_ATTEND = {
+    "wgmma": vjp.differentiable(forward, backward),
+    "tcgen05": vjp.differentiable(forward_on_blackwell, vjp.backward),
+}
+
+
+def attend(q: Heads, k: Keys, v: Keys, table: Table, *, sm: int | None = None) -> Heads:
+    """See `api.chunk_table`. sm: as `unsupported` takes it, which is asked before."""
+    return _ATTEND[UNITS[arch.default() if sm is None else sm]](q, k, v, table)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import types
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.chunk_table.mosaic import FORWARD
-from longlive_kernels.attention.chunk_table.mosaic_lists import PLACES, Lists
+from longlive_kernels.attention.chunk_table.mosaic_lists import Lists
 from longlive_kernels.attention.tile import GROUPS, ROWS
 
 
@@ -31,22 +33,32 @@ def attended(
     """The output, and logarithms to the base of 2 of sums of exponentials, which say nothing in
     places without a query.
     """
-    b, _, a, d = q.shape
-    tiles = len(lists.outer)
+    return kernel(_kernel, _scratch(q.shape[3]), GROUPS + 1, (q, k, v), lists)
+
+
+def kernel(
+    body: Callable[..., None],
+    scratch: dict[str, Any],
+    warpgroups: int,
+    qkv: tuple[Array, Array, Array],
+    lists: Lists,
+) -> tuple[BFloat16[Array, "b n a d"], Float32[Array, "b a p"]]:
+    """What `attended` gives, by this or another kernel."""
+    b, _, a, _ = qkv[0].shape
     return plgpu.kernel(
-        functools.partial(_kernel, ragged=lists.ragged),
+        functools.partial(body, ragged=lists.ragged),
         out_type=(
-            jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct((b, a, tiles * PLACES), jnp.float32),
+            jax.ShapeDtypeStruct(qkv[0].shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct((b, a, lists.places), jnp.float32),
         ),
-        grid=(b * a * tiles,),
+        grid=(b * a * len(lists.outer),),
         grid_names=("tile",),
-        num_threads=GROUPS + 1,
+        num_threads=warpgroups,
         thread_name="group",
         kernel_name="chunk_table_forward",
-        scratch_types=_scratch(d),
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, *(jnp.asarray(x) for x in lists.arrays))
+    )(*qkv, *(jnp.asarray(x) for x in lists.arrays))
 
 
 def _scratch(width: int) -> dict:

@@ -36,6 +36,12 @@ class Lists:
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.outer, self.inner, self.entries
 
+    @property
+    def places(self) -> int:
+        """Of all of `outer`."""
+        ends = self.outer[:, 2] + -(-self.outer[:, 1] // PLACES) * PLACES
+        return int(ends.max())
+
     def visited(self, tile: int) -> Int32[np.ndarray, " v"]:
         """The list of one of `outer`."""
         first, total = self.outer[tile, 3], self.outer[tile, 5]

@@ -1,4 +1,4 @@
-"""Attention over slots for Hopper (sm_90), in Pallas for Mosaic GPU; see mosaic_kernel.py.
+"""Attention over slots for Hopper and Blackwell, in Pallas for Mosaic GPU; see mosaic_kernel.py.
 
 Keys and values are read where they lie, out of all layers, by the list of the slots that a query
 frame sees. What has fewer bits is unpacked between the copy and the product; only its scales, which
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ from longlive_kernels.attention.sink_window import kept
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.kept import Kept, Scaled
 from longlive_kernels.attention.sink_window.visits import visits
+from longlive_kernels.attention.tile import UNITS
 from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES
 
-ARCH = 90
 WIDTH = 128  # of a head
 DEPTH = 64  # keys that weights and values are multiplied over at a time
 EIGHT = 8  # rows that lie together in shared memory
@@ -31,7 +32,7 @@ KINDS = ("bfloat16", "int8", "float8_e4m3fn", "nvfp4")
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """keys: of a tile. stages: tiles that are loaded ahead. registers: of a thread that loads, and
-    of one that multiplies.
+    of one that has the softmax.
     """
 
     registers: tuple[int, int]
@@ -39,16 +40,22 @@ class Blocks:
     stages: int = 2
 
 
-PLAIN = Blocks((40, 232))
-CODED = Blocks((104, 200))  # a thread that loads also unpacks
+# By the units, and whether a thread that loads also unpacks.
+BLOCKS = {
+    ("wgmma", False): Blocks((40, 232)),
+    ("wgmma", True): Blocks((104, 200)),
+    ("tcgen05", False): Blocks((24, 232)),
+    ("tcgen05", True): Blocks((104, 192)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a kernel is compiled for. kind: how slots are kept. tokens: of a latent frame. lists:
-    the length of the list of each source, the table and the fresh frames.
+    """What a kernel is compiled for. units: of `UNITS`. kind: how slots are kept. tokens: of a
+    latent frame. lists: the length of the list of each source, the table and the fresh frames.
     """
 
+    units: str
     kind: str
     tokens: int
     heads: int
@@ -56,7 +63,7 @@ class Plan:
 
     @property
     def blocks(self) -> Blocks:
-        return PLAIN if self.kind == "bfloat16" else CODED
+        return BLOCKS[self.units, self.kind != "bfloat16"]
 
     @property
     def scales(self) -> int:
@@ -73,14 +80,18 @@ class Plan:
         """Keys in the last tile of a slot, if it is not whole."""
         return self.tokens % self.blocks.keys
 
+    def multiplied(self, keys: int) -> int:
+        """Keys that are multiplied where a tile has so many."""
+        return keys + -keys % DEPTH
+
 
 def unsupported(call: Call, *, sm: int | None = None) -> str | None:
     """Why a call cannot run here; None if it can. sm: the architecture; None: the default's."""
     sm = arch.default() if sm is None else sm
     if sm is None:
         return "needs an NVIDIA GPU"
-    if sm != ARCH:
-        return f"is for Hopper (sm_{ARCH}), not sm_{sm}"
+    if sm not in UNITS:
+        return f"is for {', '.join(f'sm_{x}' for x in UNITS)}, not sm_{sm}"
     if call.q.dtype != jnp.bfloat16:
         return f"takes queries in bfloat16, not {call.q.dtype.name}"
     if kept.kind(call.k) not in KINDS:
@@ -94,22 +105,30 @@ def unsupported(call: Call, *, sm: int | None = None) -> str | None:
     return None
 
 
-def attend(call: Call) -> Float[Array, "b n a d"]:
-    """See `api.sink_window`."""
-    from longlive_kernels.attention.sink_window.mosaic_kernel import attended
-
+def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
+    """See `api.sink_window`. sm: as `unsupported` takes it, which is asked before."""
+    units = UNITS[arch.default() if sm is None else sm]
     kind, fresh = kept.kind(call.k), call.fresh
     stored, own = (call.visible, None) if fresh is None else kept.divided(call.visible, fresh)
     seen = [stored] if own is None else [stored, own]
     lengths = tuple(mask.shape[2] for mask in seen)
-    plan = Plan(kind, call.tokens, call.heads, lengths)
+    plan = Plan(units, kind, call.tokens, call.heads, lengths)
     order = halves if kind == "nvfp4" else (lambda x: x)
     sources = [tuple(part for x in (call.k, call.v) for part in operands(x, call, plan))]
     if fresh is not None:
         sources.append(tuple(frames(order(x).astype(call.q.dtype), 2) for x in (fresh.k, fresh.v)))
     q = frames(order(call.q).reshape(call.rows, call.frames, call.tokens, *call.q.shape[2:]), 2)
-    out = attended(q, lists(call, seen), sources, plan).reshape(call.q.shape)
+    out = _kernel(units)(q, lists(call, seen), sources, plan).reshape(call.q.shape)
     return merged(out) if kind == "nvfp4" else out
+
+
+def _kernel(units: str) -> Callable[..., Array]:
+    """A `mosaic_kernel.Kernel`."""
+    if units == "wgmma":
+        from longlive_kernels.attention.sink_window.mosaic_wgmma import KERNEL
+    else:
+        from longlive_kernels.attention.sink_window.mosaic_tcgen05 import KERNEL
+    return KERNEL
 
 
 def lists(call: Call, seen: list[Bool[Array, "b f _"]]) -> Int32[Array, "bf columns"]:

@@ -1,5 +1,5 @@
-"""What the loading warpgroup of mosaic_kernel.py does: copies tiles of keys and values to shared
-memory, and unpacks there what has fewer bits.
+"""What the loading warpgroup of a kernel of mosaic.py does: copies tiles of keys and values to
+shared memory, and unpacks there what has fewer bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.sink_window.mosaic import WIDTH, Plan
+from longlive_kernels.attention.sink_window.mosaic_kernel import Work
 from longlive_kernels.attention.tile import ROWS
 from longlive_kernels.nvfp4.matmul.mixed import doubled
 
@@ -36,8 +37,9 @@ def scratch(plan: Plan) -> dict:
     return made
 
 
-def stream(own, work, lists: Ref, sources: list[tuple[Ref, ...]], plan: Plan):
+def stream(own, work: Work):
     """All tiles that the block's lists name, each where one was that is done with."""
+    (_, lists, sources), plan = work.given, work.plan
     stages, done = jnp.int32(plan.blocks.stages), jnp.int32(0)
     column = 1 + len(plan.lists)
     for number, length in enumerate(plan.lists):
@@ -61,7 +63,7 @@ class Place:
     layer.
     """
 
-    work: Any
+    work: Work
     lists: Ref
     column: int
     base: Array

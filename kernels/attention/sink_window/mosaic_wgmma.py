@@ -1,0 +1,108 @@
+"""The kernel for Hopper: an online softmax (arXiv 2205.14135, algorithm 1) over listed slots.
+
+A block has 128 queries of one frame and one head. Of its warpgroups one loads, and two, which have
+64 queries each, take turns: one multiplies while the other has its softmax (arXiv 2407.08608,
+section 3.1).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.sink_window import mosaic_load as load
+from longlive_kernels.attention.sink_window.mosaic import WIDTH, Plan
+from longlive_kernels.attention.sink_window.mosaic_kernel import Kernel, Scalar, Work, over
+from longlive_kernels.attention.tile import GROUPS, ROWS
+
+NEVER = -1e30  # below every score, and finite
+
+
+def _scratch(plan: Plan) -> dict:
+    stages = plan.blocks.stages
+    return dict(
+        q_tile=block.swizzled(GROUPS, ROWS, WIDTH),
+        q_loaded=plgpu.Barrier(num_arrivals=GROUPS),
+        turns=plgpu.Barrier(num_arrivals=GROUPS),
+        k_tile=block.swizzled(stages, plan.blocks.keys, WIDTH),
+        v_tile=block.swizzled(stages, plan.blocks.keys, WIDTH),
+        **block.barriers("k", stages),
+        **block.barriers("v", stages),
+        **load.scratch(plan),
+    )
+
+
+def _body(own, work: Work):
+    group, plan = lax.axis_index("group"), work.plan
+
+    @pl.when(group == GROUPS)
+    def _():
+        plgpu.set_max_registers(plan.blocks.registers[0], action="decrease")
+        for each in range(GROUPS):
+            queries = work.queries(work.given[0], each)
+            plgpu.copy_gmem_to_smem(queries, own.q_tile.at[each], own.q_loaded)
+        load.stream(own, work)
+
+    @pl.when(group < GROUPS)
+    def _():
+        plgpu.set_max_registers(plan.blocks.registers[1], action="increase")
+        plgpu.barrier_wait(own.q_loaded)
+        own.q_tile.at[group][...] = _attend(own, group, work.slots, plan).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        work.store(own.q_tile.at[group], group)
+
+
+def _attend(own, group: Array, slots: Scalar, plan: Plan):
+    """The output of a warpgroup's queries over so many slots, [ROWS WIDTH]."""
+    scale = block.LOG2E / math.sqrt(WIDTH)
+
+    def turn():
+        plgpu.barrier_arrive(own.turns)
+        plgpu.barrier_wait(own.turns)
+
+    def products(tile, total):
+        plgpu.wgmma(total, own.q_tile.at[group], plgpu.transpose_ref(tile, (1, 0)))
+        turn()
+        return total[...]
+
+    def step(at, state, *, keys: int):
+        """A tile of keys, of which so many are there."""
+        out, top, total = state
+        shape = (ROWS, plan.multiplied(keys))
+        stage = lax.rem(at, jnp.int32(plan.blocks.stages))
+        rows = (stage, pl.ds(0, shape[1]))
+        plgpu.barrier_wait(own.k_loaded.at[stage])
+        scores = pl.run_scoped(
+            functools.partial(products, own.k_tile.at[rows]), plgpu.ACC(shape, jnp.float32)
+        )
+        plgpu.barrier_arrive(own.k_consumed.at[stage])
+        if keys < shape[1]:
+            scores = block.masked(scores, jnp.int32(keys))
+        highest = jnp.maximum(top, scores.max(1) * scale)
+        fade = jnp.exp2(top - highest)
+        weights = jnp.exp2(scores * scale - block.across(highest, shape))
+        total = total * fade + weights.sum(1)
+        out = out * block.across(fade, out.shape)
+        weights = weights.astype(jnp.bfloat16)
+        # All of it before the turn, which the compiler would not know.
+        out, highest, total, weights = lax.optimization_barrier((out, highest, total, weights))
+        plgpu.barrier_wait(own.v_loaded.at[stage])
+        turn()
+        out = block.added(out, weights, own.v_tile.at[rows])
+        plgpu.barrier_arrive(own.v_consumed.at[stage])
+        return out, highest, total
+
+    state = (block.zeros(ROWS, WIDTH), block.zeros(ROWS) + NEVER, block.zeros(ROWS))
+    pl.when(group == 1)(turn)  # is half a step behind
+    out, _, total = over(slots, step, state, plan)
+    pl.when(group == 0)(turn)
+    return out * block.across(jnp.where(total > 0, 1.0 / total, 0.0), out.shape)
+
+
+KERNEL = Kernel(_body, _scratch, rows=ROWS, warpgroups=GROUPS + 1)
