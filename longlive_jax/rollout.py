@@ -184,7 +184,9 @@ def beside(
     return sharding.rows(v, attn.mesh), (state.k, state.v)
 
 
-def _tiled(x: Latents, t: Float[Array, "r m"], attn: Cached) -> tuple[Latents, Array]:
+def _tiled(
+    x: Latents, t: Float[Array, "r m"], attn: Cached
+) -> tuple[Float[Array, "rows f h w c"], Array]:
     """A row of the input for each row of the cache."""
     x, t = _tile(x, attn.slots.shape[0]), _tile(t.astype(jnp.float32), attn.slots.shape[0])
     return sharding.rows(x, attn.mesh), t

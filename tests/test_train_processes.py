@@ -1,4 +1,4 @@
-"""`experiments/train_ar.py` as it is run: alone, told to end, and as two processes."""
+"""Training and distillation as they are run: alone, told to end, and as two processes."""
 
 import functools
 import json
@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import training
+from safetensors.numpy import load_file
 from training import RECYCLING, begin, fields, lines, same, until
 
 from longlive_jax.data import toy_folder
@@ -44,14 +46,14 @@ def given(tmp_path_factory):
         yield functools.partial(fields, model, videos, **choices)
 
 
-def start(folder, made, *flags, workdir="run"):
+def start(folder, made, *flags, experiment="train_ar", workdir="run"):
     """The experiment, as a process; what it says goes into a file."""
     (folder / "fields.json").write_text(json.dumps(made))
     (folder / "config.py").write_text(CONFIG)
     # One device, or as many as the flags say; compiled as `training.programs` does.
     environment = dict(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
     environment["XDG_CACHE_HOME"] = str(folder / "cache")
-    command = [sys.executable, "experiments/train_ar.py", f"--config={folder / 'config.py'}"]
+    command = [sys.executable, f"experiments/{experiment}.py", f"--config={folder / 'config.py'}"]
     with (folder / f"said{len(list(folder.glob('said*')))}").open("w") as said:
         return subprocess.Popen(
             [*command, f"--workdir={folder / workdir}", *flags],
@@ -125,3 +127,47 @@ def test_two_processes_are_one(tmp_path, given, monkeypatch):
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     assert resumed.videos.get_state() == whole.videos.get_state()
+
+
+def distilled(model, prompts):
+    """A sequence is of two clips and has a switch: a step of the student takes the first, one of
+    the critic the second.
+    """
+    party = dict(rank=2, learning_rate=1e-2, steps=2, warmup=1, b1=0.5, ema=0.5)
+    return dict(
+        model=str(model),
+        prompts=dict(file=str(prompts), batch=4, switch=[3, 4], seed=1),
+        clips=dict(first=3, next=2, length=5, newest=True),
+        judge=dict(real_guidance=1.0),
+        student=party,
+        fake=party,
+        precision={},
+        steps=2,
+        every=1,
+        log_every=1,
+        save_every=1,
+        sample_every=2,
+        sample_prompts=["a red circle"],
+        sample_seconds=0.5,
+    )
+
+
+def test_distillation_of_two_processes_is_one(tmp_path, given):
+    """Each has half of the videos, of the frozen weights and of what is learned; one writes."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps(["a red circle", "a blue square"]) + "\n")
+    made = distilled(given()["model"], prompts)
+    flags = ["--processes=2", f"--coordinator=127.0.0.1:{port()}", "--cpu_devices=2"]
+    both = made | dict(data=2, fsdp=2)
+    of = dict(experiment="distill_dmd")
+    runs = [start(tmp_path, both, *flags, f"--process={rank}", **of) for rank in range(2)]
+    assert [run.wait(LIMIT) for run in runs] == [0, 0], said(tmp_path)
+    alone = start(tmp_path, made, workdir="alone", **of)
+    assert alone.wait(LIMIT) == 0, said(tmp_path)
+    for one, other in zip(lines(tmp_path / "run"), lines(tmp_path / "alone"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    ours, theirs = (load_file(tmp_path / x / "lora.safetensors") for x in ("run", "alone"))
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        np.testing.assert_allclose(x, theirs[name], rtol=1e-3, atol=2e-4, err_msg=name)
+    assert list((tmp_path / "run" / "samples").glob("*/*.mp4"))
