@@ -1,4 +1,4 @@
-"""The low-bit kernels of this package, as a table: README.md shows it, `longlive doctor` reads it.
+"""The kernels of this package, as tables: README.md shows them, `longlive doctor` reads them.
 
 Nothing here imports JAX.
 """
@@ -41,6 +41,31 @@ class Entry:
         return op, backend, self.hardware, f"{self.state}, {self.but}" if self.but else self.state
 
 
+_CHUNKS, _WINDOW = "attention/chunk_table", "attention/sink_window"
+_PRODUCTS = "but for the products themselves"
+_MEMORY = "but for the products and the tensor cores' memory"
+_HOPPER, _BLACKWELL = ("sm_90",), FP4[:2]
+
+ATTENTION = (
+    Entry(_CHUNKS, "xla", "CPU", RUN),
+    Entry(_CHUNKS, "xla", "NVIDIA H100, B200", COMPILED),
+    Entry(_CHUNKS, "mosaic", "NVIDIA H100", SIMULATED, _HOPPER, "", "Mosaic GPU", _PRODUCTS),
+    Entry(
+        _CHUNKS,
+        "mosaic",
+        "NVIDIA B200",
+        SIMULATED,
+        _BLACKWELL,
+        "",
+        "tcgen05, its gradient by XLA",
+        _MEMORY,
+    ),
+    Entry(_WINDOW, "xla", "CPU", RUN),
+    Entry(_WINDOW, "xla", "NVIDIA H100, B200", COMPILED),
+    Entry(_WINDOW, "mosaic", "NVIDIA H100", SIMULATED, _HOPPER, "", "Mosaic GPU", _PRODUCTS),
+    Entry(_WINDOW, "mosaic", "NVIDIA B200", SIMULATED, _BLACKWELL, "", "tcgen05", _MEMORY),
+)
+
 _QUANTIZE, _MATMUL = "nvfp4/quantize", "nvfp4/matmul"
 _QUANTIZER = "NVIDIA, sm_89 and later (compiled for H100, B200)"
 _FP4 = "NVIDIA B200, B300, RTX PRO 6000"
@@ -62,6 +87,6 @@ LOW_BIT = (
         "shared memory in the place of registers",
     ),
     Entry(_MATMUL, "triton", _FP4, SIMULATED, FP4, "W4A4", but="but for the product itself"),
-    Entry(_MATMUL, "mosaic", "NVIDIA B200, B300", COMPILED, FP4[:2], "W4A4", "tcgen05"),
+    Entry(_MATMUL, "mosaic", "NVIDIA B200, B300", COMPILED, _BLACKWELL, "W4A4", "tcgen05"),
     Entry(_MATMUL, "cudnn", _FP4, COMPILED, FP4, "W4A4"),
 )

@@ -1,8 +1,8 @@
 """What may carry out each operation, and why one is chosen and the others are not; what runs in
 fewer bits, on which architecture and how.
 
-Tables, first choice first: what is built later is a row more. That of low-bit kernels is
-`longlive_kernels.inventory`, which `kernels/README.md` shows.
+Tables, first choice first. Those of kernels are `longlive_kernels.inventory`, which
+`kernels/README.md` shows.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ class Backend:
     op: str
     name: str
     architectures: tuple[str, ...] = ()  # that it needs; none: it runs everywhere
-    built: bool = True
     untried: str = ""  # how far it has come where it has not run on a device: it is no default
 
     def why_not(self, platform: str | None, architecture: str | None) -> str:
         """The reason that keeps it from running there; empty if none does."""
-        if not self.built:
-            return "planned, not built yet"
         if platform is None:
             return "JAX does not start"
         if self.architectures and platform != "gpu":
@@ -37,6 +34,15 @@ class Backend:
         return self.untried and f"{self.untried}: never a default"
 
 
+ATTENTION = ("attention/sink_window", "attention/chunk_table")  # of streams; of training
+
+
+def _attention(op: str) -> tuple[Backend, ...]:
+    entries = [e for e in inventory.ATTENTION if e.op == op and e.architectures]
+    architectures = tuple(name for e in entries for name in e.architectures)
+    return Backend(op, "mosaic", architectures, entries[0].state), Backend(op, "xla")
+
+
 PRODUCTS = ("W4A4", "W4A16")  # of two four-bit matrices, and of one with numbers as they are
 
 
@@ -44,17 +50,14 @@ def _products(product: str) -> tuple[Backend, ...]:
     """Those of an NVFP4 product; what needs hardware first."""
     entries = [e for e in inventory.LOW_BIT if e.op == "nvfp4/matmul" and e.product == product]
     kernels = (
-        Backend(f"nvfp4 {product}, bf16", e.backend, e.architectures, True, e.state)
-        for e in entries
+        Backend(f"nvfp4 {product}, bf16", e.backend, e.architectures, e.state) for e in entries
     )
     plain = (Backend(f"nvfp4 {product}, bf16", name) for name in ("xla", "reference"))
     return (*kernels, *plain)
 
 
 BACKENDS = (
-    Backend("attention", "cudnn", ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103"), built=False),
-    Backend("attention", "mosaic_gpu", ("sm_90", "sm_100"), built=False),
-    Backend("attention", "xla"),
+    *(backend for op in ATTENTION for backend in _attention(op)),
     Backend("matrix products", "xla"),
     *(backend for product in PRODUCTS for backend in _products(product)),
     Backend("KV cache", "xla"),

@@ -1,6 +1,7 @@
 """The doctor on this machine, and on broken ones."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -9,8 +10,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from longlive_kernels import inventory
+from longlive_kernels.attention.chunk_table import Table
+from longlive_kernels.attention.chunk_table import mosaic as chunk_table
+from longlive_kernels.attention.sink_window import mosaic as sink_window
+from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.nvfp4 import NVFP4
 from longlive_kernels.nvfp4.matmul import api as matmul_api
 from longlive_kernels.nvfp4.quantize import api as quantize_api
@@ -246,7 +252,8 @@ def test_this_machine_can_generate(capsys):
     assert {check["state"] for check in data["checks"]} <= {OK, NOTE, WARNING}
     assert {row["architecture"] for row in data["architectures"]} == set(ARCHITECTURES)
     assert {row["operation"]: row["chosen"] for row in data["implementations"]} == {
-        "attention": "xla",
+        "attention/sink_window": "xla",
+        "attention/chunk_table": "xla",
         "matrix products": "xla",
         "nvfp4 W4A4, bf16": "xla",
         "nvfp4 W4A16, bf16": "xla",
@@ -320,7 +327,7 @@ def test_every_operation_says_why_not():
 
 
 def test_a_kernel_is_chosen_only_where_it_can_be_trusted(monkeypatch):
-    kernel = backends.Backend("attention", "fast", ("sm_90",))
+    kernel = backends.Backend("attention/sink_window", "fast", ("sm_90",))
     assert kernel.why_not("cpu", None) == "needs a GPU of sm_90"
     assert kernel.why_not("gpu", "sm_89") == "needs sm_90; this is sm_89"
     assert kernel.why_not("gpu", "sm_90") == ""
@@ -346,12 +353,13 @@ def test_precisions_tell_models_from_hardware():
 README = pathlib.Path(__file__).parents[1] / "kernels" / "README.md"
 
 
-def test_the_inventory_of_low_bit_kernels_is_that_of_the_readme():
-    ops = {entry.op for entry in inventory.LOW_BIT}
+def test_the_inventory_is_that_of_the_readme():
+    entries = (*inventory.ATTENTION, *inventory.LOW_BIT)
+    ops = {entry.op for entry in entries}
     lines = [line for line in README.read_text().splitlines() if line.startswith("| `")]
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
     shown = [row for row in rows if row[0].split(",")[0].strip("`") in ops]
-    assert shown == [entry.row for entry in inventory.LOW_BIT]
+    assert shown == [entry.row for entry in entries]
 
 
 def test_the_inventory_has_every_backend_where_it_runs():
@@ -370,6 +378,19 @@ def test_the_inventory_has_every_backend_where_it_runs():
             reason = matmul_api.BACKENDS[entry.backend].unsupported(*call, sm=int(arch[3:]))
             runs = reason is None or "jax_triton" in reason  # which is not installed everywhere
             assert runs == (arch in entry.architectures), (entry.backend, arch, reason)
+
+
+def test_the_inventory_has_every_architecture_of_attention():
+    """What it says is what the backends say themselves."""
+    x, table = jnp.zeros((1, 16, 1, 128), jnp.bfloat16), Table.of(np.ones((2, 2), bool))
+    slots = jnp.zeros((1, 2, 8, 1, 128), jnp.bfloat16)
+    call = Call(x, slots, slots, jnp.ones((1, 2, 2), bool), None, None, None)
+    for op, refusal in (
+        ("attention/chunk_table", functools.partial(chunk_table.unsupported, x, x, x, table)),
+        ("attention/sink_window", functools.partial(sink_window.unsupported, call)),
+    ):
+        said = {a for e in inventory.ATTENTION if e.op == op for a in e.architectures}
+        assert said == {arch for arch in ARCHITECTURES if refusal(sm=int(arch[3:])) is None}
 
 
 def test_every_architecture_is_told_how_low_bits_run():

@@ -8,7 +8,12 @@ import math
 import re
 
 KINDS = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u64": 8}
+WIDTHS = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn"), 1),
+    **dict.fromkeys(("bf16", "f16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("s64", "u64"), 8),
+}
 _HEAD = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _RESULT = re.compile(rf"= (\(?.*?\)?) ({KINDS})(?:-done)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")

@@ -30,7 +30,7 @@ def test_a_step_of_the_5b_holds_no_memory_for_every_layer():
     with jax.numpy_dtype_promotion("standard"):  # as for users
         found = dmd_memory.programs(row, cfg, gpus.find("h100"), 8)
     matrix = 2 * dit.dim * dit.ffn_dim
-    for which, most in (("student", 8e9), ("critic", 8e9)):
+    for which, most in (("student", 8e9), ("critic", 12e9)):
         assert dmd_memory.peak(found[which]) < most, which
         # A layer's weights go to where tokens are; a clip's tokens would be forty times as much.
         assert 0 < collectives.largest(found[which].as_text()) <= matrix, which
