@@ -3,8 +3,9 @@
 
 low_bits: as Table 7 of the LongLive 2.0 paper, with runs/bf_S_model and runs/nv_S_model, which
 train_ar.py tuned for as many steps without and with NVFP4 products. clean_pass: with it, and with
-what the last step left in its place. few_steps: with the LoRAs of
-distill_dmd.py in runs/dmd4_S and runs/dmd2_S. long: with those of long_tuning.py.
+what the last step left in its place. few_steps: with the LoRAs of distill_dmd.py in runs/dmd4_S
+and runs/dmd2_S. long: runs/dmd4_S_model has the first of them merged, and runs/long_S and
+runs/long_switch_S are those that long_tuning.py made for it.
 """
 
 import ml_collections
@@ -52,10 +53,11 @@ CLEAN = {
         ", no clean pass": dict(clean_pass=False, like=f"{steps} steps"),
     }.items()
 }
+DISTILLED = "runs/dmd4_{}_model"
 LONG = {
-    "not tuned": {},
-    "long": dict(lora=LORA.format("long_{}")),
-    "long, switches": dict(lora=LORA.format("long_switch_{}")),
+    "distilled": dict(model=DISTILLED),
+    "long": dict(model=DISTILLED, lora=LORA.format("long_{}")),
+    "long, switches": dict(model=DISTILLED, lora=LORA.format("long_switch_{}")),
 }
 CONFIGS = {
     "low_bits": (_low_bits(), dict(prompts=32, long=8)),

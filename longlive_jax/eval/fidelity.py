@@ -85,6 +85,8 @@ def score(made: Made, originals: Sequence[Video] = ()) -> dict[str, Any]:
     if made.long.videos:
         long = drift.score(made.long.scripts, made.long.videos)
         found |= {"right_at_end": long["right_at_end"]["value"], "drift": long["drift"]["value"]}
+        if "60.0" in long["drift_at"]:  # of longer ones, on the way
+            found["drift_60s"] = long["drift_at"]["60.0"]
     if made.switching.videos:
         hits = switches(made.switching.scripts, made.switching.videos)
         found["switch_1s"] = float(np.mean([hit for _, hit in hits]))
