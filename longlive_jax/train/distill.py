@@ -27,7 +27,6 @@ from longlive_jax.train.self_forcing import Clip, Script, SelfForcing
 from longlive_jax.train.sequence import Plot, Sequence
 from longlive_jax.train.state import OptimizerConfig, TrainState
 from longlive_jax.vae.vae import VAE
-from longlive_jax.weights import Weights
 
 
 @jax.tree_util.register_dataclass
@@ -196,18 +195,11 @@ class Program:
         found = {"critic": value, "critic_norm": _norm(gradients)}
         return dataclasses.replace(state, step=state.step + 1, critic=critic), made.sequence, found
 
-    def _build(self, frozen: Frozen, learned: Weights) -> DiT:
-        return self.student.learning.build(frozen.student, self._lying(learned), self.dtype)
+    def _build(self, frozen: Frozen, learned: dict[str, Array]) -> DiT:
+        return self.student.learning.build(frozen.student, learned, self.dtype)
 
-    def _fake(self, frozen: Frozen, learned: Weights) -> DiT:
-        return self.critic.learning.build(frozen.critic, self._lying(learned), self.dtype)
-
-    def _lying(self, learned: Weights) -> Weights:
-        """Each in its place, and so is its gradient."""
-        return {
-            name: jax.lax.with_sharding_constraint(x, sharding.of_weight(name, x.shape, self.mesh))
-            for name, x in learned.items()
-        }
+    def _fake(self, frozen: Frozen, learned: dict[str, Array]) -> DiT:
+        return self.critic.learning.build(frozen.critic, learned, self.dtype)
 
     def _clip(
         self,
