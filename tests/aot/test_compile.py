@@ -3,6 +3,8 @@
 Needs the [aot] extra. The GPUs are described in tests/gpu_specs, one file each.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -54,8 +56,13 @@ def test_a_chunk_is_denoised_within_memory_and_in_place(device, gpu, name):
     lowered = rollout.generate.lower(
         dit, memory, text, noise, stream=cfg.stream, solver=sampler.make(cfg.sampler)
     )
-    memory = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
     assert memory.peak_memory_in_bytes < MEMORY[gpu]
+    # All steps and the clean pass are one program, which asks the host for nothing on the way.
+    assert not re.findall(
+        r"\b(?:infeed|outfeed|send|recv)(?:-done)?\(|callback", compiled.as_text()
+    )
     # The cache is donated: the keys and values of the window exist once.
     window = 2 * cfg.dit.layers * cfg.dit.dim * cfg.stream.window * cfg.tokens_per_frame * 2
     assert memory.alias_size_in_bytes >= window
