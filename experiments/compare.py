@@ -3,8 +3,8 @@
 python experiments/compare.py --config=experiments/configs/compare.py:low_bits --output=runs/low
 
 A config has rows, of which each is a model and how it is run; `{}` in a path stands for the seed.
-Every row and seed is a file in --output; stopped, the same command goes on. Means over seeds, and
-their standard deviations.
+Every row and seed is a file in --output; stopped, the same command goes on, and --seeds=1 makes
+those of one while another process makes others. Means over seeds, and their standard deviations.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from longlive_jax.eval.generate import generator
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Rows and sizes.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the rows.", required=True)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of prompts and noise.", 1)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of prompts and noise.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +86,22 @@ def show(found: dict[Row, list[dict]]) -> None:
     Console(width=200).print(table)
 
 
+def _seeds(given: list[str]) -> list[int]:
+    if not given or not all(seed.isdecimal() for seed in given):
+        raise InputError(f"seeds are numbers with commas between them, not {','.join(given)!r}")
+    return [int(seed) for seed in given]
+
+
 def main(_):
     cache_dir.enable()
     folder, config = pathlib.Path(_OUTPUT.value), _CONFIG.value
     sizes = Sizes(**config.sizes)
     try:
+        seeds = _seeds(_SEEDS.value)
         with output.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         rows = [Row(name, **choices) for name, choices in config.rows]
-        found = {
-            row: [evaluate(row, sizes, seed, folder) for seed in range(_SEEDS.value)]
-            for row in rows
-        }
+        found = {row: [evaluate(row, sizes, seed, folder) for seed in seeds] for row in rows}
     except InputError as error:
         logging.error("%s", error)
         sys.exit(2)
