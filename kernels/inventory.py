@@ -44,7 +44,9 @@ class Entry:
 _CHUNKS, _WINDOW = "attention/chunk_table", "attention/sink_window"
 _PRODUCTS = "but for the products themselves"
 _MEMORY = "but for the products and the tensor cores' memory"
+_GRAPH = "but for what cuDNN makes of it"
 _HOPPER, _BLACKWELL = ("sm_90",), FP4[:2]
+_AMPERE = "NVIDIA, sm_80 and later (compiled for H100, B200)"
 
 ATTENTION = (
     Entry(_CHUNKS, "xla", "CPU", RUN),
@@ -64,6 +66,8 @@ ATTENTION = (
     Entry(_WINDOW, "xla", "NVIDIA H100, B200", COMPILED),
     Entry(_WINDOW, "mosaic", "NVIDIA H100", SIMULATED, _HOPPER, "", "Mosaic GPU", _PRODUCTS),
     Entry(_WINDOW, "mosaic", "NVIDIA B200", SIMULATED, _BLACKWELL, "", "tcgen05", _MEMORY),
+    Entry(_WINDOW, "tokamax", "NVIDIA H100, B200", COMPILED, _HOPPER + _BLACKWELL),
+    Entry(_WINDOW, "cudnn", _AMPERE, COMPILED, ("sm_80", "sm_89", "sm_90", *FP4), but=_GRAPH),
 )
 
 _QUANTIZE, _MATMUL = "nvfp4/quantize", "nvfp4/matmul"

@@ -38,9 +38,16 @@ ATTENTION = ("attention/sink_window", "attention/chunk_table")  # of streams; of
 
 
 def _attention(op: str) -> tuple[Backend, ...]:
-    entries = [e for e in inventory.ATTENTION if e.op == op and e.architectures]
-    architectures = tuple(name for e in entries for name in e.architectures)
-    return Backend(op, "mosaic", architectures, entries[0].state), Backend(op, "xla")
+    """Those of one op; what needs hardware first, each name once."""
+    named: dict[str, list[inventory.Entry]] = {}
+    for e in inventory.ATTENTION:
+        if e.op == op and not e.plain:
+            named.setdefault(e.backend, []).append(e)
+    kernels = (
+        Backend(op, name, tuple(a for e in entries for a in e.architectures), entries[0].state)
+        for name, entries in named.items()
+    )
+    return *kernels, Backend(op, "xla")
 
 
 PRODUCTS = ("W4A4", "W4A16")  # of two four-bit matrices, and of one with numbers as they are

@@ -1,19 +1,22 @@
-"""Compiles attention over slots in Mosaic for a described GPU: `sink_window_program.py GPU SHAPE
-KIND [SM]`. SM: the architecture that the kernel is written for, of another GPU.
+"""Compiles attention over slots in Mosaic for a described GPU: `sink_window_program.py GPU BACKEND
+SHAPE KIND [SM]`. SM: the architecture that our kernel is written for, of another GPU.
 
 A program of its own, because Mosaic keeps the architecture it has first compiled for as long as its
 process runs (jax 0.10.2).
 """
 
+import functools
+import importlib
 import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.extend import backend as platforms
 from jax.sharding import SingleDeviceSharding
 from longlive_kernels import arch
-from longlive_kernels.attention.sink_window import Fresh, Scaled, mosaic
+from longlive_kernels.attention.sink_window import Fresh, Scaled
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.shapes import SHAPES
 from longlive_kernels.nvfp4 import NVFP4
@@ -22,13 +25,18 @@ SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
 EIGHT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
-def main(gpu: str, name: str, kind: str, sm: str = "") -> int:
+def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
     """Bytes of temporary arrays."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     spec = (SPECS / f"{gpu}.txtpb").read_text()
     described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
     device = topologies.get_topology_desc(**described).devices[0]
-    sharding, written = SingleDeviceSharding(device), int(sm) if sm else arch.of(device)
+    sharding = SingleDeviceSharding(device)
+    run = importlib.import_module(f"longlive_kernels.attention.sink_window.{backend}").attend
+    if backend == "mosaic":
+        run = functools.partial(run, sm=int(sm) if sm else arch.of(device))
+    else:
+        platforms.get_default_device = lambda: device  # which tokamax writes its kernel for
     shape = SHAPES[name]
     *lead, tokens, heads, width = shape.keys
 
@@ -47,7 +55,7 @@ def main(gpu: str, name: str, kind: str, sm: str = "") -> int:
     def attend(q, k, v, visible, layer, fresh):
         make = {1: lambda x: x, 2: Scaled, 3: lambda *x: NVFP4(*x, "mse")}[len(k)]
         fresh = None if kind == "bfloat16" else Fresh(*fresh)
-        return mosaic.attend(Call(q, make(*k), make(*v), visible, layer, None, fresh), sm=written)
+        return run(Call(q, make(*k), make(*v), visible, layer, None, fresh))
 
     rows, _, slots = shape.table.shape
     new = array((rows, len(shape.own), tokens, heads, width))

@@ -4,6 +4,8 @@ Needs the [aot] extra.
 """
 
 import dataclasses
+import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -13,7 +15,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from longlive_kernels.attention.sink_window import shapes, xla
+from longlive_kernels.attention.sink_window import cudnn, shapes, xla
 from longlive_kernels.attention.sink_window.call import Call
 
 from longlive_jax import footprint
@@ -64,7 +66,7 @@ def temporary(text: str) -> int:
 )
 def test_mosaic_compiles(gpu, name, kind):
     """Nothing is spilled, and slots are neither copied nor unpacked in memory."""
-    status, text = mosaic_program(gpu, name, kind)
+    status, text = mosaic_program(gpu, "mosaic", name, kind)
     assert status == 0, text[-2000:]
     instruction, threads = COMPILED[gpu]
     assert instruction in text
@@ -87,9 +89,64 @@ def test_mosaic_compiles(gpu, name, kind):
 
 @pytest.mark.parametrize(("gpu", "sm", "units"), [("b200", 90, "wgmma"), ("h100", 100, "tcgen05")])
 def test_a_kernel_does_not_compile_for_another_architecture(gpu, sm, units):
-    status, text = mosaic_program(gpu, "5b_chunk", "bfloat16", str(sm))
+    status, text = mosaic_program(gpu, "mosaic", "5b_chunk", "bfloat16", str(sm))
     assert status != 0
     assert units in text
+
+
+def copies(name: str) -> int:
+    """Bytes of keys and values: the layer's, and those that each query frame sees, side by side."""
+    shape = shapes.SHAPES[name]
+    window = math.prod(shape.keys[1:])
+    return 2 * 2 * window * (1 + shape.table.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name", "kind"),
+    [
+        *((gpu, name, "bfloat16") for gpu in COMPILED for name in REAL),
+        ("h100", "1.3b_chunk", "nvfp4"),
+    ],
+)
+def test_tokamax_compiles(gpu, name, kind):
+    """Its kernel for rows of one query frame each, and for rows of all of them."""
+    if importlib.util.find_spec("tokamax") is None:
+        pytest.skip("needs tokamax: pip install tokamax")
+    status, text = mosaic_program(gpu, "tokamax", name, kind)
+    assert status == 0, text[-2000:]
+    ours = COMPILED[gpu][0]
+    assert ours.replace("cta_group::1", "cta_group::2") in text  # two blocks of a B200 as one
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert spills == [("0", "0")] * 2
+    assert re.findall(r"Used (\d+) registers", text) == ["168"] * 2
+    assert temporary(text) < 1.02 * copies(name)
+
+
+@pytest.mark.parametrize("gpu", ["h100", "b200"])
+@pytest.mark.parametrize("name", REAL)
+def test_cudnn_is_called_by_what_compiles(device, gpu, name, monkeypatch):
+    """By XLA, to the call of cuDNN, which makes a kernel of it where it is installed."""
+    theirs = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{theirs}.check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(f"{theirs}.check_compute_capability", lambda _: True)
+    program = attention(cudnn.attend, name, device(gpu))
+    assert program.as_text().count('custom_call_target="__cudnn$fmhaSoftmax"') == 2
+    assert program.memory_analysis().temp_size_in_bytes < 1.02 * copies(name)
+
+
+def attention(function, name: str, sharding):
+    """The program of a call with slots in bfloat16."""
+    shape = shapes.SHAPES[name]
+
+    def array(sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    def attend(q, k, v, visible, layer):
+        return function(Call(q, k, v, visible, layer))
+
+    table, visible = array(shape.keys), array(shape.table.shape, bool)
+    given = (array(shape.queries), table, table, visible, array((), jnp.int32))
+    return jax.jit(attend).lower(*given).compile()
 
 
 @pytest.mark.parametrize("gpu", ["h100", "b200"])
@@ -98,17 +155,7 @@ def test_xla_writes_the_scores_of_one_step(device, gpu, name):
     """float32, the weights in bfloat16, and less than a fifth beside them: no copy of the window,
     and none of the table.
     """
-    shape, sharding = shapes.SHAPES[name], device(gpu)
-
-    def array(sizes, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
-
-    def attend(q, k, v, visible, layer):
-        return xla.attend(Call(q, k, v, visible, layer))
-
-    table, visible = array(shape.keys), array(shape.table.shape, bool)
-    given = (array(shape.queries), table, table, visible, array((), jnp.int32))
-    program = jax.jit(attend).lower(*given).compile()
+    shape, program = shapes.SHAPES[name], attention(xla.attend, name, device(gpu))
     step = shape.heads * shape.tokens**2 * (4 + 2)
     queries = 2 * shape.queries[1] * shape.heads * shape.width
     assert program.memory_analysis().temp_size_in_bytes < 1.2 * step + 2 * queries

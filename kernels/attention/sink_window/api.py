@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float, Int
-from longlive_kernels.attention.sink_window import mosaic, reference, xla
+from longlive_kernels.attention.sink_window import cudnn, mosaic, reference, tokamax, xla
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.kept import Fresh, Kept
 
 # The best first; but before what has not run on a device comes what has.
-BACKENDS = {"xla": xla, "reference": reference, "mosaic": mosaic}
+BACKENDS = {
+    "xla": xla,
+    "reference": reference,
+    "mosaic": mosaic,
+    "tokamax": tokamax,
+    "cudnn": cudnn,
+}
 
 
 def sink_window(
@@ -32,7 +38,7 @@ def sink_window(
     `BACKENDS`; None picks the best that supports the call.
 
     Slots that nobody sees may hold anything finite. Queries that see no slot come out as zeros.
-    It has a gradient, but by `mosaic`, which is for inference.
+    It has a gradient by `xla` and `reference`; the others are for inference.
 
     Raises ValueError where shapes do not fit, NotImplementedError where the named backend cannot
     run the call.
