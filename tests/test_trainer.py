@@ -197,7 +197,6 @@ def full_disk(size=20_000):
 
 # Orbax's threads end with the error that it raises.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, given, monkeypatch):
     made = given(recycling=RECYCLING, log_every=2)
