@@ -5,7 +5,7 @@ low_bits: as Table 7 of the LongLive 2.0 paper, with runs/bf_S_model and runs/nv
 train_ar.py tuned for as many steps without and with NVFP4 products. clean_pass: with it, and with
 what the last step left in its place. few_steps: with the LoRAs of distill_dmd.py in runs/dmd4_S
 and runs/dmd2_S. long: runs/dmd4_S_model has the first of them merged, and runs/long_S and
-runs/long_switch_S are those that long_tuning.py made for it.
+runs/long_switch_S are those that long_tuning.py made for it. ranks: LoRAs of runs/rank_R.
 """
 
 import ml_collections
@@ -45,6 +45,7 @@ FEW = {
     "4 steps, DMD": dict(steps=4, lora=LORA.format("dmd4_{}")),
     "2 steps, DMD": dict(steps=2, lora=LORA.format("dmd2_{}")),
 }
+RANKS = {f"rank {rank}": dict(steps=4, lora=LORA.format(f"rank_{rank}")) for rank in (4, 8, 16, 64)}
 CLEAN = {
     f"{steps} steps{name}": dict(steps=steps) | changes
     for steps in (4, 2)
@@ -63,5 +64,6 @@ CONFIGS = {
     "low_bits": (_low_bits(), dict(prompts=32, long=8)),
     "clean_pass": (CLEAN, dict(prompts=32, long=8)),
     "few_steps": (FEW, dict(prompts=56, long=8)),
+    "ranks": (RANKS, dict(prompts=56, long=8)),
     "long": (LONG, dict(prompts=32, long=8, seconds=120.0, switching=8)),
 }
