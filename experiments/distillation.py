@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import sys
 
-import launch as launching
+import processes
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -62,7 +62,7 @@ def _party(fields: dict) -> Party:
 
 def launch(config: ConfigDict) -> None:
     logging.get_absl_handler().addFilter(told_by_us)
-    launching.devices()
+    processes.devices()
     cache_dir.enable()
     try:
         run = distill_run.Run(config_of(config), pathlib.Path(flags.FLAGS.workdir))

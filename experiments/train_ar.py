@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 import sys
 
-import launch
+import processes
 from absl import app, flags, logging
 from longlive_kernels.nvfp4.linear import Recipe
 from ml_collections import ConfigDict, config_flags
@@ -54,7 +54,7 @@ def config_of(given: ConfigDict, model: longlive_jax.Model) -> trainer.TrainConf
 
 def main(_):
     logging.get_absl_handler().addFilter(told_by_us)
-    launch.devices()
+    processes.devices()
     cache_dir.enable()
     try:
         model = longlive_jax.load(_CONFIG.value.model)
