@@ -9,6 +9,7 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
+import gc  # noqa: E402
 import json  # noqa: E402
 import pathlib  # noqa: E402
 import signal  # noqa: E402
@@ -24,7 +25,20 @@ jax.config.update("jax_threefry_partitionable", True)
 # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 30_000
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Linux gives a process 65,530 pieces of memory, and every compiled program takes some: the
+    compiler crashes where there are no more.
+    """
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

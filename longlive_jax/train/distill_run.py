@@ -30,6 +30,7 @@ from longlive_jax.train.prompts import PromptConfig, Prompts
 from longlive_jax.train.self_forcing import SelfForcing
 from longlive_jax.train.sequence import Plot, Sequence
 from longlive_jax.train.trainer import DTYPES
+from longlive_jax.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +125,9 @@ class Run:
         learning = self.program.student.learning
         if not learning.rank or int(state.step) < self.cfg.student.optimizer.steps:
             return
-        learned, path = jax.tree.map(sharding.whole, state.ema), self.workdir / "lora.safetensors"
+        learned = self._averaged(state)
         if jax.process_index() == 0:
+            path = self.workdir / "lora.safetensors"
             lora.save(path, learning.adapter(learned))
             logging.info("wrote %s", path)
 
@@ -187,12 +189,15 @@ class Run:
         self.checkpoints.save(state, self.prompts.get_state(), self.cfg.to_json(), kept)
 
     def _sample(self, state: DistillState, step: int) -> None:
-        cfg, learning = self.cfg, self.program.student.learning
-        learned = jax.tree.map(sharding.whole, state.ema)  # all processes take part, one goes on
+        cfg, learned = self.cfg, self._averaged(state)
         if jax.process_index() == 0:
-            model = tuned(self.model, learning, jax.tree.map(jnp.asarray, learned))
+            model = tuned(self.model, self.program.student.learning, learned)
             folder = self.workdir / "samples" / f"{step:06d}"
             samples.write(model, cfg.sample_prompts, cfg.sample_seconds, folder)
+
+    def _averaged(self, state: DistillState) -> Weights:
+        """On one device of each process, which must all ask for it."""
+        return {name: jnp.asarray(sharding.whole(x)) for name, x in state.ema.items()}
 
 
 def sequence_like(program: Program, frozen: Frozen, plot: Plot) -> tuple[list[Any], Any]:
