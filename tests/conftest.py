@@ -26,7 +26,7 @@ jax.config.update("jax_threefry_partitionable", True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MAPS = pathlib.Path("/proc/self/maps")
-MOST_MAPS = 30_000
+MOST_MAPS = 20_000
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
