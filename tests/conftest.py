@@ -5,8 +5,6 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling programs that run for moments.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-# Devices that wait for each other on a busy machine are not stuck after 40 s.
-FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import gc  # noqa: E402
