@@ -17,7 +17,7 @@ from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels import arch
 from longlive_kernels.attention.chunk_table import mosaic_lists, tiles, vjp
 from longlive_kernels.attention.chunk_table.table import Table
-from longlive_kernels.attention.tile import SLAB, TILE, UNITS
+from longlive_kernels.attention.tile import SLAB, TILE, UNITS, unsuited
 
 WIDTHS = (64, 128)
 
@@ -45,11 +45,9 @@ Sums = Float32[Array, "b a p"]
 
 def unsupported(q: Array, k: Array, v: Array, table: Table, *, sm: int | None = None) -> str | None:
     """Why a call cannot run here; None if it can. sm: the architecture; None: the default's."""
-    sm = arch.default() if sm is None else sm
-    if sm is None:
-        return "needs an NVIDIA GPU"
-    if sm not in UNITS:
-        return f"is for {', '.join(f'sm_{x}' for x in UNITS)}, not sm_{sm}"
+    elsewhere = unsuited(sm)
+    if elsewhere is not None:
+        return elsewhere
     kinds = sorted({x.dtype.name for x in (q, k, v)})
     if kinds != ["bfloat16"]:
         return f"takes q, k and v in bfloat16, not {', '.join(kinds)}"

@@ -20,7 +20,7 @@ from longlive_kernels.attention.sink_window import kept
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.kept import Kept, Scaled
 from longlive_kernels.attention.sink_window.visits import visits
-from longlive_kernels.attention.tile import UNITS
+from longlive_kernels.attention.tile import UNITS, unsuited
 from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES
 
 WIDTH = 128  # of a head
@@ -87,11 +87,9 @@ class Plan:
 
 def unsupported(call: Call, *, sm: int | None = None) -> str | None:
     """Why a call cannot run here; None if it can. sm: the architecture; None: the default's."""
-    sm = arch.default() if sm is None else sm
-    if sm is None:
-        return "needs an NVIDIA GPU"
-    if sm not in UNITS:
-        return f"is for {', '.join(f'sm_{x}' for x in UNITS)}, not sm_{sm}"
+    elsewhere = unsuited(sm)
+    if elsewhere is not None:
+        return elsewhere
     if call.q.dtype != jnp.bfloat16:
         return f"takes queries in bfloat16, not {call.q.dtype.name}"
     if kept.kind(call.k) not in KINDS:

@@ -10,10 +10,9 @@ import importlib.util
 
 from absl import flags
 from jaxtyping import Array, Float
-from longlive_kernels import arch
 from longlive_kernels.attention.sink_window import rows
 from longlive_kernels.attention.sink_window.call import Call
-from longlive_kernels.attention.tile import UNITS
+from longlive_kernels.attention.tile import unsuited
 
 WIDEST = 256  # head
 EIGHT = 8  # tokens that lie together in shared memory
@@ -22,11 +21,9 @@ DTYPES = ("bfloat16", "float16")
 
 def unsupported(call: Call, *, sm: int | None = None) -> str | None:
     """Why a call cannot run here; None if it can. sm: the architecture; None: the default's."""
-    sm = arch.default() if sm is None else sm
-    if sm is None:
-        return "needs an NVIDIA GPU"
-    if sm not in UNITS:
-        return f"is for {', '.join(f'sm_{x}' for x in UNITS)}, not sm_{sm}"
+    elsewhere = unsuited(sm)
+    if elsewhere is not None:
+        return elsewhere
     if call.q.dtype.name not in DTYPES:
         return f"takes queries of one of {DTYPES}, not {call.q.dtype.name}"
     if call.width > WIDEST:
