@@ -43,6 +43,7 @@ class Row:
     steps: int = 0
     precision: str = ""
     kv: str = ""
+    eight_bit_scores: bool = False
     clean_pass: bool = True
     like: str = ""
 
@@ -53,7 +54,8 @@ def generate(row: Row, seed: int):
     model = longlive_jax.load(row.model.format(seed), lora=lora)
     model = model.quantized(row.precision) if row.precision else model
     model = model.streaming(clean_pass=row.clean_pass)
-    model = model.streaming(kv=row.kv) if row.kv else model
+    memory = dict(kv=row.kv, eight_bit_scores=row.eight_bit_scores)
+    model = model.streaming(**memory) if row.kv else model
     return generator(model, steps=row.steps or None, batch=8)
 
 

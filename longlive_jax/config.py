@@ -215,6 +215,9 @@ class StreamConfig:
     recache: Recache = Recache()
     # How keys and values are kept: in the model's type, or as bf16, int8, fp8 or nvfp4.
     kv: str = "model"
+    # Scores of attention are products of eight-bit numbers: of keys as they are kept, which are
+    # int8 or fp8 then, with queries, and with a chunk's own keys, that are rounded likewise.
+    eight_bit_scores: bool = False
 
     KV = ("model", "bf16", "int8", "fp8", "nvfp4")
 
@@ -229,6 +232,12 @@ class StreamConfig:
             raise ValueError(f"rope {self.rope!r}: choose absolute or relative")
         if self.kv not in self.KV:
             raise ValueError(f"kv {self.kv!r}: choose {', '.join(self.KV)}")
+        if self.eight_bit_scores and self.kv not in ("int8", "fp8"):
+            raise ValueError(f"scores in eight bits need kv int8 or fp8, not {self.kv}")
+        if self.eight_bit_scores and self.rope == "relative":
+            raise ValueError(
+                "scores in eight bits need absolute positions: relative ones turn keys"
+            )
         if self.clean_recache and not self.clean_pass:
             raise ValueError("a clean recache at a cut is a clean pass: one needs the other")
 

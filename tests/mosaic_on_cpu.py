@@ -36,7 +36,8 @@ class Total:
 
 def multiply(total: Total, left, right):
     left, right = (x if isinstance(x, jax.Array) else x[...] for x in (left, right))
-    total.value += left.astype(jnp.float32) @ right.astype(jnp.float32)
+    product = left.astype(jnp.float32) @ right.astype(jnp.float32)
+    total.value += product.astype(total.value.dtype)
 
 
 def multiply_to_memory(total, left, right, barrier=None, *, accumulate=True):

@@ -170,6 +170,59 @@ def test_in_bfloat16_sums_are_float32(name, kind):
     check(operands(name, kind, "bfloat16"), BFLOAT16, None, ONE)
 
 
+def multiplied(call: Call) -> Call:
+    """Its keys are multiplied as they are kept."""
+    return dataclasses.replace(call, k=dataclasses.replace(call.k, multiplied=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"),
+    [
+        ("sinks", "int8", "float32"),
+        ("frames_differ", "fp8", "float32"),
+        ("ragged", "fp8", "bfloat16"),
+    ],
+)
+def test_scores_may_be_products_of_eight_bits(name, kind, dtype, monkeypatch):
+    """Of queries and fresh keys that are rounded as slots are, and of nothing else."""
+    call = operands(name, kind, dtype)
+    top = {"int8": 127, "fp8": 448}[kind]
+
+    def rounded(x):
+        x = np.asarray(x, np.float32)
+        scale = np.abs(x).max(-1, keepdims=True) / np.float32(top)
+        codes = np.rint(x / scale) if kind == "int8" else x / scale
+        return jnp.asarray(codes.astype(EIGHT[kind]).astype(np.float32) * scale)
+
+    fresh = dataclasses.replace(call.fresh, k=rounded(call.fresh.k))
+    by_hand = reference.attend(dataclasses.replace(call, q=rounded(call.q), fresh=fresh))
+    expected = reference.attend(multiplied(call))
+    assert expected.dtype == call.q.dtype
+    tolerance = FLOAT32 if dtype == "float32" else BFLOAT16
+    close(expected, by_hand, tolerance)
+    assert np.abs(np.asarray(expected - reference.attend(call), np.float32)).max() > 0
+    close(xla.attend(multiplied(call)), expected, tolerance)
+    monkeypatch.setattr(xla, "steps", lambda call: ONE)
+    close(xla.attend(multiplied(call)), expected, tolerance)
+
+
+def test_gradients_go_through_rounded_queries():
+    """As if they were not, to what they are rounded to."""
+    call = operands("frames_differ", "int8")
+
+    def gradient(call):
+        def loss(q, k):
+            fresh = dataclasses.replace(call.fresh, k=k)
+            return (xla.attend(dataclasses.replace(call, q=q, fresh=fresh)) ** 2).sum()
+
+        return jax.grad(loss, (0, 1))(call.q, call.fresh.k)
+
+    already = multiplied(call).rounded(jnp.float32)
+    for found, expected in zip(gradient(multiplied(call)), gradient(already), strict=True):
+        assert np.abs(expected).max() > 0.01
+        close(found, expected, FLOAT32)
+
+
 @functools.partial(jax.jit, static_argnames="by")
 def gradients(call: Call, by: xla.Steps):
     """Of what is real of a call, by the reference and in steps, for a loss that weighs outputs."""
@@ -351,6 +404,8 @@ def broken(**changes):
 def test_what_does_not_fit_is_refused():
     call = operands("tiny_chunk", "float32")
     eight = operands("tiny_chunk", "int8")
+    phases = jnp.zeros((1, eight.slots * eight.tokens, eight.width // 2))
+    turned = multiplied(dataclasses.replace(eight, read=phases))
     new = eight.fresh
     short = dataclasses.replace(new, k=new.k[:, :, :1], v=new.v[:, :, :1])  # too few tokens
     for changes, message in (
@@ -361,6 +416,7 @@ def test_what_does_not_fit_is_refused():
         (dict(v=eight.v), "kept in one way, not as float32 and int8"),
         (dict(read=jnp.zeros((1, 3, 16))), "do not turn keys"),
         (dict(fresh=short), "fresh frames"),
+        (dict(k=turned.k, v=turned.v, read=phases), "keys that are turned as they are read"),
     ):
         with pytest.raises(ValueError, match=message):
             broken(**changes).check()
@@ -392,11 +448,18 @@ def simulator():
             yield
 
 
+def asked(name: str, kind: str) -> Call:
+    """kind: also int8_scores and fp8_scores, of which keys are multiplied so, too."""
+    kind, _, scores = kind.partition("_")
+    call = made(SIMULATED[name], kind, "bfloat16")
+    return multiplied(call) if scores else call
+
+
 @functools.cache
 def simulated(name: str, kind: str, sm: int) -> np.ndarray:
     attend = jax.jit(functools.partial(mosaic.attend, sm=sm))
     with simulator():
-        return np.asarray(attend(made(SIMULATED[name], kind, "bfloat16")), "f4")
+        return np.asarray(attend(asked(name, kind)), "f4")
 
 
 @pytest.mark.slow
@@ -406,6 +469,8 @@ def simulated(name: str, kind: str, sm: int) -> np.ndarray:
         *((name, "bfloat16", sm) for name in SIMULATED for sm in ARCHITECTURES),
         ("sinks", "int8", 90),
         ("sinks", "int8", 100),
+        ("sinks", "int8_scores", 90),
+        ("frames_differ", "fp8_scores", 90),
         ("rows_differ", "fp8", 90),  # unpacked by the same for both
         ("rows_differ", "nvfp4", 90),
         ("frames_differ", "nvfp4", 90),
@@ -413,7 +478,7 @@ def simulated(name: str, kind: str, sm: int) -> np.ndarray:
     ],
 )
 def test_mosaic_means_what_the_reference_means(name, kind, sm):
-    call = made(SIMULATED[name], kind, "bfloat16")
+    call = asked(name, kind)
     assert mosaic.unsupported(call, sm=sm) is None
     expected, _ = results(call, ())
     close(simulated(name, kind, sm), expected, BFLOAT16)
@@ -481,8 +546,11 @@ def test_bytes_are_read_exactly(dtype):
 
 def test_halves_are_merged():
     x = jnp.arange(24.0).reshape(3, 8)
-    assert mosaic.halves(x)[0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    np.testing.assert_array_equal(mosaic.merged(mosaic.halves(x)), x)
+    ordered = mosaic.ordered(x, "nvfp4")
+    assert ordered[0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    np.testing.assert_array_equal(mosaic.merged(ordered, "nvfp4"), x)
+    for other in (mosaic.ordered, mosaic.merged):
+        np.testing.assert_array_equal(other(x, "int8"), x)
 
 
 def test_mosaic_says_what_it_lacks():
@@ -496,6 +564,9 @@ def test_mosaic_says_what_it_lacks():
         (dict(read=jnp.zeros((4, 8 * 24, 64))), 90, "does not turn keys as it reads them"),
     ):
         assert re.search(reason, mosaic.unsupported(dataclasses.replace(call, **changes), sm=sm))
+    eight = asked("rows_differ", "int8_scores")
+    assert mosaic.unsupported(eight, sm=90) is None
+    assert "keys in eight bits on sm_90 alone" in mosaic.unsupported(eight, sm=100)
     odd = made(dataclasses.replace(SIMULATED["rows_differ"], tokens=12), "int8", "bfloat16")
     assert "a multiple of 8 tokens, not 12" in mosaic.unsupported(odd, sm=90)
     assert "128 wide, not 32" in mosaic.unsupported(

@@ -46,6 +46,11 @@ def test_the_config_knows_every_way():
         StreamConfig(chunk=1, window=4, sink=1, kv="int3")
     with pytest.raises(ValueError, match="nvfp4 keeps heads of a multiple of 16, not of 24"):
         storage.empty("nvfp4", (1, 1, 1, 1, 1, 24), jnp.float32)
+    with pytest.raises(ValueError, match="scores in eight bits need kv int8 or fp8, not nvfp4"):
+        StreamConfig(chunk=1, window=4, sink=1, kv="nvfp4", eight_bit_scores=True)
+    relative = dict(rope="relative", kv="int8", eight_bit_scores=True)
+    with pytest.raises(ValueError, match="scores in eight bits need absolute positions"):
+        StreamConfig(chunk=1, window=4, sink=1, **relative)
 
 
 @pytest.mark.parametrize("kind", CODECS)
@@ -115,10 +120,13 @@ def played(model, chunks=6):
     return session, np.concatenate([*video, *(session.next_chunk() for _ in range(chunks - 3))])
 
 
-@pytest.mark.parametrize("kind", ["bf16", *CODECS])
-def test_a_session_lives_with_any_way(tiny, kind, tmp_path):
+@pytest.mark.parametrize(
+    "stream",
+    [*(dict(kv=kind) for kind in ("bf16", *CODECS)), dict(kv="fp8", eight_bit_scores=True)],
+)
+def test_a_session_lives_with_any_way(tiny, stream, tmp_path):
     """Switched, rewound, forked, saved: the same video; and one close to the model's own."""
-    model = tiny.streaming(kv=kind)
+    model = tiny.streaming(**stream)
     session, video = played(model)
     _, own = played(tiny)
     error = np.mean((video.astype(float) - own) ** 2)

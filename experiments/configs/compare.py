@@ -3,9 +3,10 @@
 
 low_bits: as Table 7 of the LongLive 2.0 paper, with runs/bf_S_model and runs/nv_S_model, which
 train_ar.py tuned for as many steps without and with NVFP4 products. clean_pass: with it, and with
-what the last step left in its place. few_steps: with the LoRAs of distill_dmd.py in runs/dmd4_S
-and runs/dmd2_S. long: runs/dmd4_S_model has the first of them merged, and runs/long_S and
-runs/long_switch_S are those that long_tuning.py made for it. ranks: LoRAs of runs/rank_R.
+what the last step left in its place. scores: of keys that are unpacked, and of keys as they are
+kept. few_steps: with the LoRAs of distill_dmd.py in runs/dmd4_S and runs/dmd2_S. long:
+runs/dmd4_S_model has the first of them merged, and runs/long_S and runs/long_switch_S are those
+that long_tuning.py made for it. ranks: LoRAs of runs/rank_R.
 """
 
 import ml_collections
@@ -54,6 +55,11 @@ CLEAN = {
         ", no clean pass": dict(clean_pass=False, like=f"{steps} steps"),
     }.items()
 }
+SCORES = {"as it is": {}} | {
+    f"KV {kv}{name}": dict(kv=kv, eight_bit_scores=bool(name), like="as it is")
+    for kv in ("int8", "fp8")
+    for name in ("", ", scores too")
+}
 DISTILLED = "runs/dmd4_{}_model"
 LONG = {
     "distilled": dict(model=DISTILLED),
@@ -63,6 +69,7 @@ LONG = {
 CONFIGS = {
     "low_bits": (_low_bits(), dict(prompts=32, long=8)),
     "clean_pass": (CLEAN, dict(prompts=32, long=8)),
+    "scores": (SCORES, dict(prompts=32, long=8)),
     "few_steps": (FEW, dict(prompts=56, long=8)),
     "ranks": (RANKS, dict(prompts=56, long=8)),
     "long": (LONG, dict(prompts=32, long=8, seconds=120.0, switching=8)),

@@ -121,10 +121,11 @@ def store(tile: Ref, target: Ref, work: Work, ragged: bool):
             pl.when(at < left)(lambda at=at: copy(at, SLAB))
 
 
-def swizzled(*shape: int) -> Any:
-    """bfloat16, as tensor cores read it."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+def swizzled(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """As tensor cores read it, 128 bytes of a row at a time."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def barriers(

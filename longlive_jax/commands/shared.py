@@ -72,6 +72,13 @@ def define_precision(values: flags.FlagValues) -> None:
         "how keys and values in memory are kept; by default in the model's type",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "eight_bit_scores",
+        False,
+        "with --kv int8 or fp8: multiply keys as they are kept, with queries that are rounded so,"
+        " too; without it they are unpacked",
+        flag_values=values,
+    )
 
 
 def choosing(load: Load, values: flags.FlagValues) -> Load:
@@ -85,6 +92,7 @@ def choosing(load: Load, values: flags.FlagValues) -> Load:
         load = functools.partial(load, weights_only=True)
     changes = {} if values.clean_pass else {"clean_pass": False}
     changes |= {"kv": values.kv} if values.kv else {}
+    changes |= {"eight_bit_scores": True} if values.eight_bit_scores else {}
     if not values.precision and not changes:
         return load
     return functools.partial(_changed, load, values, changes)

@@ -72,7 +72,8 @@ def empty(
     Raises ValueError for heads that cannot be kept so.
     """
     shape = (cfg.layers, batch, stream.window, tokens, cfg.heads, cfg.head_dim)
-    k, v = (storage.empty(stream.kv, shape, dtype) for _ in range(2))
+    k = storage.empty(stream.kv, shape, dtype, scores=stream.eight_bit_scores)
+    v = storage.empty(stream.kv, shape, dtype)
     return KVCache(k=k, v=v, **_labels(batch, stream.window))
 
 

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from longlive_kernels.attention import sink_window as kernel
+from longlive_kernels.eight import eight_bits
 from longlive_kernels.nvfp4 import NVFP4
 from longlive_kernels.nvfp4.quantize import quantize
-
-from longlive_jax.quant.eight import eight_bits
 
 Frames = Float[Array, "b f s a d"]
 Parts = dict[str, Array]  # each [*lead, …], lead being what is kept side by side
@@ -57,11 +56,13 @@ def table(kept: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """A number in eight bits, times a scale for each token and head. In `encode`, `same` says which
-    frames of a call are of one chunk.
+    """A number in eight bits, times a scale for each token and head. scores: of products of keys as
+    they are kept, for which attention rounds what they are multiplied with. In `encode`, `same`
+    says which frames of a call are of one chunk.
     """
 
     dtype: Any
+    scores: bool = False
 
     def empty(self, lead: tuple[int, ...], s: int, a: int, d: int) -> Parts:
         return {
@@ -75,7 +76,7 @@ class Scaled:
         return {"values": values, "scales": scales[..., 0]}
 
     def table(self, parts: Parts) -> kernel.Scaled:
-        return kernel.Scaled(parts["values"], parts["scales"])
+        return kernel.Scaled(parts["values"], parts["scales"], self.scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +135,9 @@ def _(kept: LowBit) -> kernel.Scaled | NVFP4:
     return kept.codec.table(kept.parts)
 
 
-def empty(kind: str, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Nothing kept yet, for layers b slots s a d of a model that computes in `dtype`.
+def empty(kind: str, shape: tuple[int, ...], dtype: Any, *, scores: bool = False) -> Any:
+    """Nothing kept yet, for layers b slots s a d of a model that computes in `dtype`. scores: those
+    of attention are to be products of eight-bit numbers, which `kind` is then.
 
     Raises ValueError for a head whose width cannot be kept so.
     """
@@ -143,4 +145,6 @@ def empty(kind: str, shape: tuple[int, ...], dtype: Any) -> Any:
         return jnp.zeros(shape, jnp.bfloat16 if kind == "bf16" else dtype)
     if kind == "nvfp4" and shape[-1] % 16:
         raise ValueError(f"nvfp4 keeps heads of a multiple of 16, not of {shape[-1]}")
-    return LowBit(CODECS[kind].empty(shape[:3], *shape[3:]), CODECS[kind])
+    codec = CODECS[kind]
+    codec = dataclasses.replace(codec, scores=True) if scores else codec
+    return LowBit(codec.empty(shape[:3], *shape[3:]), codec)

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from longlive_kernels.eight import eight_bits
 from longlive_kernels.nvfp4 import NVFP4
 from longlive_kernels.nvfp4.matmul import matmul, matmul_w4a16
 from longlive_kernels.nvfp4.quantize import dequantize, quantize
 
 from longlive_jax import layers
 from longlive_jax.config import Precision
-from longlive_jax.quant.eight import eight_bits
 
 
 @functools.partial(

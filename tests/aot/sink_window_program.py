@@ -1,5 +1,6 @@
 """Compiles attention over slots in Mosaic for a described GPU: `sink_window_program.py GPU BACKEND
-SHAPE KIND [SM]`. SM: the architecture that our kernel is written for, of another GPU.
+SHAPE KIND [SM]`. KIND: of slots; int8_scores and fp8_scores are multiplied so, too. SM: the
+architecture that our kernel is written for, of another GPU.
 
 A program of its own, because Mosaic keeps the architecture it has first compiled for as long as its
 process runs (jax 0.10.2).
@@ -39,6 +40,7 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
         platforms.get_default_device = lambda: device  # which tokamax writes its kernel for
     shape = SHAPES[name]
     *lead, tokens, heads, width = shape.keys
+    kind, _, scores = kind.partition("_")
 
     def array(sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
@@ -54,8 +56,9 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
 
     def attend(q, k, v, visible, layer, fresh):
         make = {1: lambda x: x, 2: Scaled, 3: lambda *x: NVFP4(*x, "mse")}[len(k)]
+        keys = Scaled(*k, multiplied=True) if scores else make(*k)
         fresh = None if kind == "bfloat16" else Fresh(*fresh)
-        return run(Call(q, make(*k), make(*v), visible, layer, None, fresh))
+        return run(Call(q, keys, make(*v), visible, layer, None, fresh))
 
     rows, _, slots = shape.table.shape
     new = array((rows, len(shape.own), tokens, heads, width))

@@ -56,6 +56,26 @@ class Call:
             return None
         return self.read.reshape(self.rows, self.slots, self.tokens, -1)
 
+    @property
+    def eight(self) -> bool:
+        """Whether scores are products of eight-bit numbers."""
+        return isinstance(self.k, kept.Scaled) and self.k.multiplied
+
+    def rounded(self, dtype) -> Call:
+        """The same scores as products of any numbers: of queries and fresh keys in `dtype` that are
+        rounded already. Gradients go through as if they were not.
+        """
+        if not self.eight:
+            return self
+        like, heads = dataclasses.replace(self.k, multiplied=False), self.heads
+
+        def through(x: Array) -> Array:
+            x = x.astype(dtype)
+            return x + jax.lax.stop_gradient(kept.plain(kept.rounded(x, like), heads, dtype) - x)
+
+        fresh = self.fresh and dataclasses.replace(self.fresh, k=through(self.fresh.k))
+        return dataclasses.replace(self, q=through(self.q), k=like, fresh=fresh)
+
     def windows(self, dtype) -> tuple[Array, Array]:
         """Keys, not turned, and values of the whole layer [b slots s a d], fresh ones in place."""
         fresh = (self.fresh.k, self.fresh.v) if self.fresh else (None, None)
@@ -78,6 +98,8 @@ class Call:
         if kept.kind(self.k) != kept.kind(self.v):
             kinds = f"{kept.kind(self.k)} and {kept.kind(self.v)}"
             raise ValueError(f"keys and values are kept in one way, not as {kinds}")
+        if self.eight and self.read is not None:
+            raise ValueError("keys that are turned as they are read are not multiplied as kept")
         turned = (self.rows, self.slots * self.tokens, self.width // 2)
         if self.read is not None and self.read.shape != turned:
             raise ValueError(f"phases {self.read.shape} do not turn keys of {turned}")

@@ -7,21 +7,29 @@ side. It is an array, or has fewer bits: `Scaled` or `NVFP4`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
+from longlive_kernels.eight import eight_bits
 from longlive_kernels.nvfp4.format import NVFP4
 from longlive_kernels.nvfp4.quantize import dequantize
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["multiplied"]
+)
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """Numbers in eight bits, int8 or e4m3, times a scale for each token and head."""
+    """Numbers in eight bits, int8 or e4m3, times a scale for each token and head: of slots, `*l`
+    ends in b slots. multiplied: of keys, that they are multiplied as they are; queries and fresh
+    keys are rounded to such numbers.
+    """
 
-    values: Num[Array, "*l b slots s a d"]
-    scales: Float[Array, "*l b slots s a"]
+    values: Num[Array, "*l s a d"]
+    scales: Float[Array, "*l s a"]
+    multiplied: bool = False
 
 
 Kept = Array | Scaled | NVFP4
@@ -58,6 +66,12 @@ def shape(kept: Kept, heads: int) -> tuple[int, ...]:
     return (*lead, rows // heads, heads, width)
 
 
+def rounded(x: Float[Array, "*n d"], like: Scaled) -> Scaled:
+    """In as many bits as `like`, a scale for each row."""
+    values, scales = eight_bits(x, like.values.dtype, -1)
+    return Scaled(values, scales[..., 0], like.multiplied)
+
+
 def of_layer(kept: Kept, layer: Int[Array, ""] | None) -> Kept:
     """One layer's slots, a copy unless there are no others."""
     return kept if layer is None else jax.tree.map(lambda x: x[layer], kept)
@@ -77,7 +91,7 @@ def of_slots(kept: Kept, layer: Int[Array, ""] | None, slots: Int[Array, "b c"])
     return jax.tree.map(pick, kept)
 
 
-def plain(kept: Kept, heads: int, dtype) -> Float[Array, "*l b slots s a d"]:
+def plain(kept: Kept, heads: int, dtype) -> Float[Array, "*l s a d"]:
     """The numbers, multiplied in float32, then cast."""
     if isinstance(kept, Scaled):
         numbers = kept.values.astype(jnp.float32) * kept.scales[..., None]

@@ -8,8 +8,10 @@ lie apart, are put in order beforehand.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +53,14 @@ BLOCKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a kernel is compiled for. units: of `UNITS`. kind: how slots are kept. tokens: of a
-    latent frame. lists: the length of the list of each source, the table and the fresh frames.
+    """What a kernel is compiled for. units: of `UNITS`. kind: how slots are kept. eight: keys are
+    multiplied as they are kept. tokens: of a latent frame. lists: the length of the list of each
+    source, the table and the fresh frames.
     """
 
     units: str
     kind: str
+    eight: bool
     tokens: int
     heads: int
     lists: tuple[int, ...]
@@ -64,6 +68,18 @@ class Plan:
     @property
     def blocks(self) -> Blocks:
         return BLOCKS[self.units, self.kind != "bfloat16"]
+
+    @property
+    def unpacked(self) -> str:
+        """Of keys and values, those of the table that are unpacked."""
+        if self.kind == "bfloat16":
+            return ""
+        return "v" if self.eight else "kv"
+
+    @property
+    def multiplies(self) -> Any:
+        """The type of keys in shared memory, and of what they are multiplied with."""
+        return jnp.dtype(self.kind if self.eight else jnp.bfloat16)
 
     @property
     def scales(self) -> int:
@@ -98,6 +114,8 @@ def unsupported(call: Call, *, sm: int | None = None) -> str | None:
         return f"needs heads {WIDTH} wide, not {call.width}"
     if call.tokens % EIGHT:
         return f"needs latent frames of a multiple of {EIGHT} tokens, not {call.tokens}"
+    if call.eight and UNITS[arch.default() if sm is None else sm] != "wgmma":
+        return "multiplies keys in eight bits on sm_90 alone"
     if call.read is not None:
         return "does not turn keys as it reads them (relative positions), as xla does"
     return None
@@ -110,14 +128,19 @@ def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
     stored, own = (call.visible, None) if fresh is None else kept.divided(call.visible, fresh)
     seen = [stored] if own is None else [stored, own]
     lengths = tuple(mask.shape[2] for mask in seen)
-    plan = Plan(units, kind, call.tokens, call.heads, lengths)
-    order = halves if kind == "nvfp4" else (lambda x: x)
-    sources = [tuple(part for x in (call.k, call.v) for part in operands(x, call, plan))]
+    plan = Plan(units, kind, call.eight, call.tokens, call.heads, lengths)
+
+    def beside(x: Float[Array, "*n d"]) -> Kept:
+        """Queries and fresh keys as they are multiplied."""
+        return kept.rounded(x, call.k) if call.eight else ordered(x, kind)
+
+    q = call.q.reshape(call.rows, call.frames, call.tokens, *call.q.shape[2:])
+    sources = [tuple(operands(x, call.layer, plan) for x in (call.k, call.v))]
     if fresh is not None:
-        sources.append(tuple(frames(order(x).astype(call.q.dtype), 2) for x in (fresh.k, fresh.v)))
-    q = frames(order(call.q).reshape(call.rows, call.frames, call.tokens, *call.q.shape[2:]), 2)
-    out = _kernel(units)(q, lists(call, seen), sources, plan).reshape(call.q.shape)
-    return merged(out) if kind == "nvfp4" else out
+        k, v = (x.astype(call.q.dtype) for x in (fresh.k, fresh.v))
+        sources.append(tuple(operands(x, None, plan) for x in (beside(k), ordered(v, kind))))
+    out = _kernel(units)(operands(beside(q), None, plan), lists(call, seen), sources, plan)
+    return merged(out.reshape(call.q.shape), kind)
 
 
 def _kernel(units: str) -> Callable[..., Array]:
@@ -140,16 +163,17 @@ def lists(call: Call, seen: list[Bool[Array, "b f _"]]) -> Int32[Array, "bf colu
     return columns.reshape(call.rows * call.frames, -1)
 
 
-def operands(x: Kept, call: Call, plan: Plan) -> list[Array]:
-    """The slots of all layers, heads side by side; and the scales of the layer's, if any."""
-    lead = 2 if call.layer is None else 3
+def operands(x: Kept, layer: Array | None, plan: Plan) -> tuple[Array, ...]:
+    """The slots of all layers, heads side by side; and the scales of one layer's, if any."""
+    lead = 2 if layer is None else 3
     if isinstance(x, NVFP4):
-        packed = x.packed.reshape(*x.packed.shape[:lead], call.tokens, call.heads, -1)
-        return [frames(packed, lead), scales(x, call, plan)]
+        packed = x.packed.reshape(*x.packed.shape[:lead], plan.tokens, plan.heads, -1)
+        return frames(packed, lead), scales(x, layer, plan)
     if isinstance(x, Scaled):
-        values = jax.lax.bitcast_convert_type(x.values, jnp.uint8)
-        return [frames(values, lead), scales(x, call, plan)]
-    return [frames(x, lead)]
+        # What is unpacked comes as bytes.
+        bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint8)
+        return frames(x.values if x.multiplied else bits(x.values), lead), scales(x, layer, plan)
+    return (frames(x, lead),)
 
 
 def frames(x: Array, lead: int) -> Array:
@@ -157,28 +181,28 @@ def frames(x: Array, lead: int) -> Array:
     return x.reshape(math.prod(x.shape[:lead]), x.shape[lead], -1)
 
 
-def scales(x: Scaled | NVFP4, call: Call, plan: Plan) -> Float32[Array, "m a blocks s"]:
+def scales(x: Scaled | NVFP4, layer: Array | None, plan: Plan) -> Float32[Array, "m a blocks s"]:
     """Of the layer's slots, those of one head's tokens side by side, filled up to whole tiles. Of
     NVFP4 they have in them what the chunk is scaled by, for twice the values.
     """
-    layer = kept.of_layer(x, call.layer)
-    if isinstance(layer, NVFP4):
-        unit = RULES[layer.rule].unit(layer.amax) * jnp.float32(0.5)
-        each = layer.scales.astype(jnp.float32) * unit[..., None, None]
+    x = kept.of_layer(x, layer)
+    if isinstance(x, NVFP4):
+        unit = RULES[x.rule].unit(x.amax) * jnp.float32(0.5)
+        each = x.scales.astype(jnp.float32) * unit[..., None, None]
     else:
-        each = layer.scales
-    each = each.reshape(call.rows * call.slots, call.tokens, call.heads, -1)
+        each = x.scales
+    each = each.reshape(-1, plan.tokens, plan.heads, plan.scales)
     filled = ((0, 0), (0, 0), (0, 0), (0, plan.parts * plan.blocks.keys - plan.tokens))
     return jnp.pad(rearrange(each, "m s a e -> m a e s"), filled)
 
 
-def halves(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """The even channels, then the odd ones: what is unpacked from low nibbles and from high ones is
-    then side by side.
+def ordered(x: Float[Array, "*n d"], kind: str) -> Float[Array, "*n d"]:
+    """Of NVFP4 the even channels, then the odd ones: what is unpacked from low nibbles and from
+    high ones is then side by side.
     """
-    return rearrange(x, "... (d two) -> ... (two d)", two=2)
+    return rearrange(x, "... (d two) -> ... (two d)", two=2) if kind == "nvfp4" else x
 
 
-def merged(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """Undoes `halves`."""
-    return rearrange(x, "... (two d) -> ... (d two)", two=2)
+def merged(x: Float[Array, "*n d"], kind: str) -> Float[Array, "*n d"]:
+    """Undoes `ordered`."""
+    return rearrange(x, "... (two d) -> ... (d two)", two=2) if kind == "nvfp4" else x

@@ -23,6 +23,8 @@ from longlive_kernels.attention.tile import GROUPS
 
 Scalar = Int32[Array, ""]
 Ref = Any  # of Mosaic, to arrays or parts of them
+Parts = tuple[Any, ...]  # numbers, and their scales if there are any
+Sources = list[tuple[Parts, Parts]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Work:
     tile: Scalar
     rows: int
     plan: Plan
-    given: tuple[Ref, Ref, list[tuple[Ref, ...]]]
+    given: tuple[Parts, Ref, Sources]
     out: Ref
 
     @property
@@ -57,6 +59,16 @@ class Work:
         rows = pl.ds(self.first(group), self.rows)
         return x.at[self.frame, rows, pl.ds(self.head * WIDTH, WIDTH)]
 
+    def scales(self, x: Ref, group: Scalar | int) -> Ref:
+        """Of those queries."""
+        return x.at[self.frame, self.head, :, pl.ds(self.first(group), self.rows)]
+
+    def load(self, tiles: tuple[Ref, ...], loaded: Ref, group: int):
+        """The queries of a warpgroup, and their scales if there are any."""
+        ways = (self.queries, self.scales)[: len(tiles)]
+        for source, of, tile in zip(self.given[0], ways, tiles, strict=True):
+            plgpu.copy_gmem_to_smem(of(source, group), tile.at[group], loaded)
+
     def store(self, tile: Ref, group: Scalar):
         plgpu.copy_smem_to_gmem(tile, self.queries(self.out, group))
         plgpu.wait_smem_to_gmem(0)
@@ -74,27 +86,22 @@ class Kernel:
     warpgroups: int
 
     def __call__(
-        self,
-        q: BFloat16[Array, "bf s ad"],
-        lists: Int32[Array, "bf columns"],
-        sources: list[tuple[Array, ...]],
-        plan: Plan,
+        self, q: Parts, lists: Int32[Array, "bf columns"], sources: Sources, plan: Plan
     ) -> BFloat16[Array, "bf s ad"]:
-        """sources: of keys and of values: the table, with its scales if there are any; fresh
-        frames.
-        """
+        """q: bf s ad. sources: keys and values of the table, and of fresh frames."""
         tiles = pl.cdiv(plan.tokens, GROUPS * self.rows)
+        given, tree = jax.tree.flatten((q, lists, sources))
 
         def block(*refs, **scratch):
-            q, lists, *given, out = refs
-            given = (q, lists, _split(given, tuple(map(len, sources))))
-            work = Work(*_place(q.shape[0], tiles), self.rows, plan, given, out)
+            *refs, out = refs
+            place = _place(q[0].shape[0], tiles)
+            work = Work(*place, self.rows, plan, tree.unflatten(refs), out)
             self.body(types.SimpleNamespace(**scratch), work)
 
         return plgpu.kernel(
             block,
-            out_type=jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
-            grid=(plan.heads * q.shape[0] * tiles,),
+            out_type=jax.ShapeDtypeStruct(q[0].shape, jnp.bfloat16),
+            grid=(plan.heads * q[0].shape[0] * tiles,),
             grid_names=("block",),
             num_threads=self.warpgroups,
             thread_name="group",
@@ -102,7 +109,7 @@ class Kernel:
             scratch_types=self.scratch(plan),
             # Nothing is reduced over more than a warp.
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        )(q, lists, *(x for source in sources for x in source))
+        )(*given)
 
 
 def over(slots: Scalar, step: Callable, state: Any, plan: Plan) -> Any:
@@ -123,7 +130,3 @@ def _place(frames: int, tiles: int) -> tuple[Scalar, Scalar, Scalar]:
     rest = lax.div(at, jnp.int32(tiles))
     tile, frame = lax.rem(at, jnp.int32(tiles)), lax.rem(rest, jnp.int32(frames))
     return frame, lax.div(rest, jnp.int32(frames)), tile
-
-
-def _split(refs: list[Ref], sizes: tuple[int, ...]) -> list[tuple[Ref, ...]]:
-    return [tuple(refs[sum(sizes[:i]) : sum(sizes[: i + 1])]) for i in range(len(sizes))]

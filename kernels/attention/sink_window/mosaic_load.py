@@ -5,6 +5,7 @@ shared memory, and unpacks there what has fewer bits.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,20 +21,20 @@ from longlive_kernels.nvfp4.matmul.mixed import doubled
 
 Ref = Any  # of Mosaic, to arrays or parts of them
 HALF = WIDTH // 2  # channels that are unpacked at a time
-BARRIERS = ("loaded", "consumed")
+Load = Callable[[Array, Array], None]  # of which tile, to which stage
 MAGIC = 0x4B000000  # the bits of 2^23: a byte in the lowest of them is added to it
 
 
 def scratch(plan: Plan) -> dict:
-    """What is copied as it lies, if it is unpacked."""
-    if plan.kind == "bfloat16":
-        return {}
+    """What is copied as it lies, if it is unpacked; scales of what is not."""
+    keys, made = plan.blocks.keys, {}
     width = HALF if plan.kind == "nvfp4" else WIDTH
-    made = {}
-    for name in "kv":
-        made[f"{name}_raw"] = plgpu.SMEM((plan.blocks.keys, width), jnp.uint8)
-        made[f"{name}_scales"] = plgpu.SMEM((plan.scales, plan.blocks.keys), jnp.float32)
+    for name in plan.unpacked:
+        made[f"{name}_raw"] = plgpu.SMEM((keys, width), jnp.uint8)
+        made[f"{name}_scales"] = plgpu.SMEM((plan.scales, keys), jnp.float32)
         made[f"{name}_copied"] = plgpu.Barrier(num_arrivals=2)
+    if plan.eight:
+        made["k_scales"] = plgpu.SMEM((plan.blocks.stages, 1, keys), jnp.float32)
     return made
 
 
@@ -45,9 +46,20 @@ def stream(own, work: Work):
     for number, length in enumerate(plan.lists):
         total = lists[work.frame, 1 + number] * plan.parts
         base = lists[work.frame, 0] if number == 0 else jnp.int32(0)
-        place = Place(work, lists, column, base, plan)
-        coded = number == 0 and plan.kind != "bfloat16"
-        (_unpack if coded else _copy)(own, sources[number], place, done, total, plan)
+        place = Place(work, lists, column, base, total, plan)
+        loads = {}
+        for name, refs in zip("kv", sources[number], strict=True):
+            unpacks = number == 0 and name in plan.unpacked
+            loads[name] = (_unpacked if unpacks else _copied)(own, name, refs, place)
+
+        def step(at, _, loads=loads, done=done):
+            stage = lax.rem(done + at, stages)
+            for name, load in loads.items():
+                consumed = getattr(own, f"{name}_consumed").at[stage]
+                pl.when(done + at >= stages)(lambda consumed=consumed: plgpu.barrier_wait(consumed))
+                load(at, stage)
+
+        lax.fori_loop(0, total, step, None)
         done, column = done + total, column + length
 
     def wait(at, _):
@@ -60,13 +72,14 @@ def stream(own, work: Work):
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where the tiles of a list are. column: where the list begins. base: the first slot of the
-    layer.
+    layer. total: how many tiles.
     """
 
     work: Work
     lists: Ref
     column: int
     base: Array
+    total: Array
     plan: Plan
 
     def of(self, at: Array) -> tuple[Array, Array]:
@@ -86,51 +99,37 @@ class Place:
         return x.at[slot, self.work.head, :, pl.ds(token, self.plan.blocks.keys)]
 
 
-def _copy(own, refs: tuple[Ref, ...], place: Place, done: Array, total: Array, plan: Plan):
-    """Tiles as they lie."""
-    stages = jnp.int32(plan.blocks.stages)
+def _copied(own, name: str, refs: tuple[Ref, ...], place: Place) -> Load:
+    """Tiles as they lie, with their scales if there are any."""
 
-    def step(at, _):
-        stage = lax.rem(done + at, stages)
-        for name, source in zip("kv", refs, strict=True):
-            loaded, consumed = (getattr(own, f"{name}_{x}").at[stage] for x in BARRIERS)
-            pl.when(done + at >= stages)(lambda consumed=consumed: plgpu.barrier_wait(consumed))
-            target = getattr(own, f"{name}_tile").at[stage]
-            plgpu.copy_gmem_to_smem(place.tile(source, at), target, loaded)
+    def load(at, stage):
+        loaded, tile = (getattr(own, f"{name}_{x}").at[stage] for x in ("loaded", "tile"))
+        plgpu.copy_gmem_to_smem(place.tile(refs[0], at), tile, loaded)
+        for scales in refs[1:]:
+            held = getattr(own, f"{name}_scales").at[stage]
+            plgpu.copy_gmem_to_smem(place.scales(scales, at), held, loaded)
 
-    lax.fori_loop(0, total, step, None)
+    return load
 
 
-def _unpack(own, refs: tuple[Ref, ...], place: Place, done: Array, total: Array, plan: Plan):
-    """Tiles that are copied, one ahead, and unpacked. refs: of keys the slots and the scales, and
-    of values.
-    """
-    stages, sources = jnp.int32(plan.blocks.stages), {"k": refs[:2], "v": refs[2:]}
+def _unpacked(own, name: str, refs: tuple[Ref, ...], place: Place) -> Load:
+    """Tiles that are copied, one ahead, and unpacked. refs: the slots and the scales."""
+    raw, held, copied = (getattr(own, f"{name}_{x}") for x in ("raw", "scales", "copied"))
 
-    def fetch(name: str, at: Array):
-        values, scales = sources[name]
-        raw, held, copied = (getattr(own, f"{name}_{x}") for x in ("raw", "scales", "copied"))
-        plgpu.copy_gmem_to_smem(place.tile(values, at), raw, copied)
-        plgpu.copy_gmem_to_smem(place.scales(scales, at), held, copied)
+    def fetch(at):
+        plgpu.copy_gmem_to_smem(place.tile(refs[0], at), raw, copied)
+        plgpu.copy_gmem_to_smem(place.scales(refs[1], at), held, copied)
 
-    def step(at, _):
-        stage = lax.rem(done + at, stages)
-        for name in "kv":
-            loaded, consumed = (getattr(own, f"{name}_{x}").at[stage] for x in BARRIERS)
-            pl.when(done + at >= stages)(lambda consumed=consumed: plgpu.barrier_wait(consumed))
-            plgpu.barrier_wait(getattr(own, f"{name}_copied"))
-            raw, held = getattr(own, f"{name}_raw"), getattr(own, f"{name}_scales")
-            unpack(raw, held, getattr(own, f"{name}_tile").at[stage], plan)
-            plgpu.commit_smem()  # all threads have read, too
-            pl.when(at + 1 < total)(lambda name=name: fetch(name, at + 1))
-            plgpu.barrier_arrive(loaded)
+    def load(at, stage):
+        loaded, tile = (getattr(own, f"{name}_{x}").at[stage] for x in ("loaded", "tile"))
+        plgpu.barrier_wait(copied)
+        unpack(raw, held, tile, place.plan)
+        plgpu.commit_smem()  # all threads have read, too
+        pl.when(at + 1 < place.total)(lambda: fetch(at + 1))
+        plgpu.barrier_arrive(loaded)
 
-    @pl.when(total > 0)
-    def _():
-        for name in "kv":
-            fetch(name, jnp.int32(0))
-
-    lax.fori_loop(0, total, step, None)
+    pl.when(place.total > 0)(lambda: fetch(jnp.int32(0)))
+    return load
 
 
 def unpack(raw: Ref, scales: Ref, tile: Ref, plan: Plan):

@@ -6,6 +6,7 @@ block of a frame, a half without queries is left out.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def _body(own, work: Work):
     def _():
         plgpu.set_max_registers(loads, action="decrease")
         for each in range(GROUPS):
-            pl.when(work.holds(each))(lambda each=each: _load(own, work, each))
+            copy = functools.partial(work.load, (own.q_tile,), own.q_loaded.at[each], each)
+            pl.when(work.holds(each))(copy)
         load.stream(own, work)
 
     @pl.when(group == tcgen05.ASKS)
@@ -57,11 +59,6 @@ def _body(own, work: Work):
         _, total = over(work.slots, step, tcgen05.begun(own, group), plan)
         tcgen05.finish(own, group, total)
         work.store(own.q_tile.at[group], group)
-
-
-def _load(own, work: Work, group: int):
-    queries = work.queries(work.given[0], group)
-    plgpu.copy_gmem_to_smem(queries, own.q_tile.at[group], own.q_loaded.at[group])
 
 
 def _sized(plan: Plan):

@@ -22,20 +22,25 @@ from longlive_kernels.attention.sink_window.mosaic_kernel import Kernel, Scalar,
 from longlive_kernels.attention.tile import GROUPS, ROWS
 
 NEVER = -1e30  # below every score, and finite
+SMALLEST = 1e-30  # scale of queries
 
 
 def _scratch(plan: Plan) -> dict:
-    stages = plan.blocks.stages
-    return dict(
-        q_tile=block.swizzled(GROUPS, ROWS, WIDTH),
-        q_loaded=plgpu.Barrier(num_arrivals=GROUPS),
+    stages, eight, kind = plan.blocks.stages, plan.eight, plan.multiplies
+    made = dict(
+        q_tile=block.swizzled(GROUPS, ROWS, WIDTH, dtype=kind),
+        q_loaded=plgpu.Barrier(num_arrivals=(1 + eight) * GROUPS),
         turns=plgpu.Barrier(num_arrivals=GROUPS),
-        k_tile=block.swizzled(stages, plan.blocks.keys, WIDTH),
+        k_tile=block.swizzled(stages, plan.blocks.keys, WIDTH, dtype=kind),
         v_tile=block.swizzled(stages, plan.blocks.keys, WIDTH),
-        **block.barriers("k", stages),
+        **block.barriers("k", stages, 1 + eight),
         **block.barriers("v", stages),
         **load.scratch(plan),
     )
+    if eight:  # queries have no room for the result
+        made["q_scales"] = plgpu.SMEM((GROUPS, 1, ROWS), jnp.float32)
+        made["out_tile"] = block.swizzled(GROUPS, ROWS, WIDTH)
+    return made
 
 
 def _body(own, work: Work):
@@ -44,23 +49,28 @@ def _body(own, work: Work):
     @pl.when(group == GROUPS)
     def _():
         plgpu.set_max_registers(plan.blocks.registers[0], action="decrease")
+        tiles = (own.q_tile, own.q_scales) if plan.eight else (own.q_tile,)
         for each in range(GROUPS):
-            queries = work.queries(work.given[0], each)
-            plgpu.copy_gmem_to_smem(queries, own.q_tile.at[each], own.q_loaded)
+            work.load(tiles, own.q_loaded, each)
         load.stream(own, work)
 
     @pl.when(group < GROUPS)
     def _():
         plgpu.set_max_registers(plan.blocks.registers[1], action="increase")
         plgpu.barrier_wait(own.q_loaded)
-        own.q_tile.at[group][...] = _attend(own, group, work.slots, plan).astype(jnp.bfloat16)
+        out = (own.out_tile if plan.eight else own.q_tile).at[group]
+        out[...] = _attend(own, group, work.slots, plan).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        work.store(own.q_tile.at[group], group)
+        work.store(out, group)
 
 
 def _attend(own, group: Array, slots: Scalar, plan: Plan):
     """The output of a warpgroup's queries over so many slots, [ROWS WIDTH]."""
     scale = block.LOG2E / math.sqrt(WIDTH)
+    if plan.eight:
+        # Never zero: of keys that are not there scores are -inf.
+        scale = jnp.maximum(block.per_row(own.q_scales.at[group, 0]) * scale, SMALLEST)
+    sums = jnp.int32 if plan.multiplies == jnp.int8 else jnp.float32
 
     def turn():
         plgpu.barrier_arrive(own.turns)
@@ -79,14 +89,18 @@ def _attend(own, group: Array, slots: Scalar, plan: Plan):
         rows = (stage, pl.ds(0, shape[1]))
         plgpu.barrier_wait(own.k_loaded.at[stage])
         scores = pl.run_scoped(
-            functools.partial(products, own.k_tile.at[rows]), plgpu.ACC(shape, jnp.float32)
+            functools.partial(products, own.k_tile.at[rows]), plgpu.ACC(shape, sums)
         )
+        if plan.eight:
+            of_keys = block.per_column(own.k_scales.at[stage, 0, pl.ds(0, shape[1])])
+            scores = scores.astype(jnp.float32) * block.down(of_keys, shape)
         plgpu.barrier_arrive(own.k_consumed.at[stage])
         if keys < shape[1]:
             scores = block.masked(scores, jnp.int32(keys))
         highest = jnp.maximum(top, scores.max(1) * scale)
         fade = jnp.exp2(top - highest)
-        weights = jnp.exp2(scores * scale - block.across(highest, shape))
+        scores *= block.across(scale, shape) if plan.eight else scale
+        weights = jnp.exp2(scores - block.across(highest, shape))
         total = total * fade + weights.sum(1)
         out = out * block.across(fade, out.shape)
         weights = weights.astype(jnp.bfloat16)

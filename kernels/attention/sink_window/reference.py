@@ -18,6 +18,7 @@ def unsupported(call: Call) -> str | None:
 
 def attend(call: Call) -> Float[Array, "b n a d"]:
     """softmax(q kᵀ / √d) v over the tokens of visible slots; zero where there is none."""
+    dtype, call = call.q.dtype, call.rounded(jnp.float32)
     q = call.q.astype(jnp.float32)
     k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in call.windows(jnp.float32))
     k = turned(k, call.read)
@@ -25,4 +26,4 @@ def attend(call: Call) -> Float[Array, "b n a d"]:
     scores = jnp.einsum("bnad,bmad->banm", q, k) * jnp.float32(1 / math.sqrt(call.width))
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.float32(-1e30)), axis=-1)
     weights = jnp.where(mask, weights, jnp.float32(0))  # of rows without a key
-    return jnp.einsum("banm,bmad->bnad", weights, v).astype(call.q.dtype)
+    return jnp.einsum("banm,bmad->bnad", weights, v).astype(dtype)

@@ -24,6 +24,7 @@ Library = Callable[[Array, Array, Array, Array], Array]
 
 def attend(call: Call, library: Library) -> Float[Array, "b n a d"]:
     """See `api.sink_window`. What all frames of a chunk see is known only as the program runs."""
+    call = call.rounded(call.q.dtype)
     k, v = call.windows(call.q.dtype)
     k = kept.turned(k, call.phases)
 

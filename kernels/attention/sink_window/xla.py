@@ -57,7 +57,7 @@ def steps(call: Call, scores: int = SCORES) -> Steps:
 
 def attend(call: Call) -> Float[Array, "b n a d"]:
     """See `api.sink_window`."""
-    chosen = steps(call)
+    call, chosen = call.rounded(call.q.dtype), steps(call)
     whole = chosen == Steps(call.frames, call.slots)
     return at_once(call) if whole else by_steps(call, chosen)
 
