@@ -24,6 +24,12 @@ BACKENDS = [name for name in HERE if name != "reference"]
 LONG = {f"tiny_{count}": count for count in (96, 192, 384)}
 
 
+@pytest.fixture
+def tiled(monkeypatch):
+    """Also what is small goes by tiles."""
+    monkeypatch.setattr(xla, "at_once", lambda *_: False)
+
+
 def small(shape: shapes.Shape) -> shapes.Shape:
     """The same table with few, narrow heads and at most 16 tokens to a frame."""
     if shape.table.shape[0] > 100:
@@ -73,6 +79,7 @@ def close(ours, theirs, tolerance: float):
     assert np.abs(ours - theirs).max() <= tolerance * max(np.abs(theirs).max(), 1e-3)
 
 
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_a_backend_means_what_the_reference_means(name, backend):
@@ -83,6 +90,7 @@ def test_a_backend_means_what_the_reference_means(name, backend):
         close(mine, its, 1e-5)
 
 
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["tiny_12", "image_first", "5b_window", "no_keys"])
 def test_in_bfloat16_sums_are_float32(name, backend):
@@ -98,6 +106,7 @@ def test_in_bfloat16_sums_are_float32(name, backend):
         close(mine, its, tolerance)
 
 
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("name", ["tiny_12", "image_first", "fewer_queries", "tiny_12_4_ranks"])
 def test_pieces_larger_than_a_tile_are_cut(name, monkeypatch):
     shape = small(shapes.SHAPES[name])
@@ -110,6 +119,24 @@ def test_pieces_larger_than_a_tile_are_cut(name, monkeypatch):
         close(mine, its, 1e-5)
 
 
+def test_what_is_small_and_mostly_visible_is_done_at_once():
+    """As it was measured: of these alone tiles are slower."""
+    names = {name for name, shape in shapes.SHAPES.items() if at_once(shape)}
+    few = {"one_frame", "one_token", "checkers", "fewer_queries", "odd_window", "no_keys"}
+    assert names == few
+    everything = shapes.SHAPES["1.3b_bidirectional"]  # 13 billion scores, of which all are visible
+    assert everything.table.array.all() and not at_once(everything)
+    shape = shapes.SHAPES["fewer_queries"]
+    ours, theirs = (results(call(shape.table, x), qkv(shape)) for x in ("xla", "reference"))
+    for mine, its in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, its)
+
+
+def at_once(shape: shapes.Shape) -> bool:
+    return xla.at_once(shape.queries, shape.keys, shape.table)
+
+
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("implementation", HERE)
 def test_rows_without_a_key_are_zero(implementation):
     shape = shapes.SHAPES["no_keys"]
@@ -198,6 +225,7 @@ def test_teacher_forcing_visits_the_tiles_of_the_table_and_no_other(name, frames
     assert scans(jax.make_jaxpr(gradients(attention))(*args).jaxpr) == [expected] * 2
 
 
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("name", ["tiny_12", "image_first", "tiny_window", "fewer_queries"])
 def test_hidden_keys_are_not_read(name):
     """One after the other, queries of a run are asked for, and all keys they do not see are NaN."""

@@ -1,7 +1,8 @@
 """XLA: one scan over the visible pairs of tiles, with an online softmax (arXiv 2112.05682).
 
 Runs wherever XLA does. The program is as long for 384 latent frames as for three, its memory grows
-with the number of tokens, and tiles that the table hides are neither read nor computed.
+with the number of tokens, and tiles that the table hides are neither read nor computed. What is
+small and mostly visible is done at once, as by the reference.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from longlive_kernels.attention.chunk_table import tiles
+from longlive_kernels.attention.chunk_table import reference, tiles
 from longlive_kernels.attention.chunk_table.table import Table
 from longlive_kernels.attention.chunk_table.vjp import backward, differentiable
 
 DTYPES = ("bfloat16", "float16", "float32")
+VISIT = 1024  # scores that a CPU makes in the time that going to a pair of tiles takes
 
 
 def unsupported(q: Array, k: Array, v: Array, table: Table) -> str | None:
@@ -53,4 +55,19 @@ def forward(
     return plan.query.unpack(out.astype(dtype)), plan.query.unpack(highest + jnp.log(total))
 
 
-attend = differentiable(forward, backward)
+by_tiles = differentiable(forward, backward)
+
+
+def attend(
+    q: Float[Array, "b n a d"], k: Float[Array, "b m a d"], v: Float[Array, "b m a d"], table: Table
+) -> Float[Array, "b n a d"]:
+    """See `api.chunk_table`."""
+    way = reference.attend if at_once(q.shape, k.shape, table) else by_tiles
+    return way(q, k, v, table)
+
+
+def at_once(q: tiles.Shape, k: tiles.Shape, table: Table) -> bool:
+    """Whether all scores, hidden ones included, are few and sooner made than those of tiles."""
+    plan, rows = tiles.plan(q, k, table), q[0] * q[2]
+    visited = len(plan.pairs) * (rows * plan.query.size * plan.key.size + VISIT)
+    return rows * q[1] * k[1] <= min(visited, tiles.SCORES)
