@@ -1,5 +1,5 @@
 """What decoding costs, stage by stage, for every decoder that a model has, in float32 and in
-bfloat16; `longlive bench --suite vae`.
+bfloat16, and what its convolutions would cost in other ways; `longlive bench --suite vae`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax import bench_model, report, rollout, weights
+from longlive_jax import bench_convolutions, bench_model, report, rollout, weights
 from longlive_jax import model as models
 from longlive_jax.bench import CompileClock
 from longlive_jax.bench_session import timed
@@ -44,6 +44,8 @@ class Decoding:
     fps: float
     stages: dict[str, float]  # seconds of each, compiled by itself
     stages_s: float  # their sum, beside `chunk_s`
+    # Of a convolution as a stage's blocks have it, by way (`bench_convolutions.WAYS`).
+    convolutions: dict[str, dict[str, float]]
     temporary_bytes: int  # at their highest, beside weights, carry and latents
     compile_s: float
 
@@ -135,6 +137,7 @@ def decoding(cfg: ModelConfig, vae: VAE | TAE, repeat: int, seed: int) -> Decodi
         fps=cfg.frames_per_chunk / statistics.median(times),
         stages=parts,
         stages_s=sum(parts.values()),
+        convolutions=convolutions(vae, latents, carry.layers, repeat),
         temporary_bytes=temporary,
         compile_s=clock.seconds,
     )
@@ -149,6 +152,16 @@ def staged(vae: VAE | TAE, x: Any, carry: Any, repeat: int) -> dict[str, float]:
         once = lambda: jax.block_until_ready(program(vae, x, part))  # noqa: B023, E731
         found[name] = statistics.median(timed(once) for _ in range(repeat))
         x = made[0]
+    return found
+
+
+def convolutions(vae: VAE | TAE, x: Any, carry: Any, repeat: int) -> dict[str, dict[str, float]]:
+    """Seconds of one causal convolution of each stage that has such blocks, way by way."""
+    found = {}
+    for name, stage, part in stages(vae, carry) if isinstance(vae, VAE) else ():
+        if name not in ("in", "out"):
+            found[name] = bench_convolutions.measured(x, repeat)
+        x = jax.eval_shape(stage, vae, x, part)[0]
     return found
 
 

@@ -13,12 +13,22 @@ import training
 from flax import nnx
 from test_report import HEAD, check_schema
 
-from longlive_jax import bench_model, bench_session, bench_train, bench_vae, cli, plan, report
+from longlive_jax import (
+    bench_convolutions,
+    bench_model,
+    bench_session,
+    bench_train,
+    bench_vae,
+    cli,
+    plan,
+    report,
+)
 from longlive_jax.bench_session import Effort
 from longlive_jax.config import WAN21_TAE, WAN22_TAE, TAEConfig
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 from longlive_jax.vae import vae as coder
+from longlive_jax.vae.layers import CausalConv
 
 RANDOM = ["--preset", "tiny", "--random_weights"]
 
@@ -111,9 +121,25 @@ def test_decoders_are_measured_stage_by_stage(small, longlive):
         assert 0 < found["best_s"] <= found["chunk_s"]
         assert found["fps"] == pytest.approx(said["frames"] / found["chunk_s"])
         assert found["temporary_bytes"] > 0
+        assert list(found["convolutions"]) == ["middle", "up 1", "up 2", "up 3"]
+        for ways in found["convolutions"].values():
+            assert list(ways) == list(bench_convolutions.WAYS) and min(ways.values()) > 0
     assert max(found["compile_s"] for found in said["decoders"].values()) > 0
     assert said["ratios"]["full float32"] == 1.0 and said["refused"] == {}
     assert "decoders: full bfloat16" in out.out
+
+
+@pytest.mark.parametrize("name", bench_convolutions.WAYS)
+def test_ways_of_convolving_mean_the_same(name):
+    """As the layer does it, whose kernel has time behind space."""
+    one, two = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(one, (2, 5, 4, 6, 3))
+    layer = CausalConv(3, 7, (3, 3), rngs=nnx.Rngs(0))
+    kernel = jax.random.normal(two, layer.kernel.shape)
+    layer.kernel[...] = kernel
+    expected, _ = layer(x[:, 2:], x[:, :2], False)
+    found = bench_convolutions.WAYS[name](x, jnp.moveaxis(kernel, 2, 0))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 SMALL_TAE = TAEConfig(latent_channels=4, encoder_dim=4, decoder_dims=(8, 4, 4, 4), blocks=1)
