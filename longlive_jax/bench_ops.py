@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from longlive_kernels.eight import eight_bits
 from longlive_kernels.nvfp4 import NVFP4
 from longlive_kernels.nvfp4.format import BLOCK
 
@@ -190,29 +191,56 @@ def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
     return Case(make, call, lambda *_, **__: None, more * flops, more * nbytes)
 
 
-def sink_window(shape: Any, dtype: Any) -> Case:
-    """Attention of a chunk over a slot table of several layers, kept in the type of the model."""
+def sink_window(shape: Any, dtype: Any, *, kind: Any = None, multiplied: bool = False) -> Case:
+    """Attention of a chunk over a slot table of several layers. kind: its slots', int8, e4m3 or
+    NVFP4, with the chunk's own frames as they are; None: the type of the model. multiplied: keys
+    are, as they are kept.
+    """
     from longlive_kernels.attention.sink_window.call import Call
+    from longlive_kernels.attention.sink_window.kept import Fresh, Scaled
 
     rows, _, slots = shape.table.shape
+    *lead, tokens, heads, width = shape.keys
     phases = (rows, slots * shape.tokens, shape.width // 2)
-    window = float(shape.table.any(1).sum()) * shape.tokens * shape.heads * shape.width
+    window = (int(shape.table.any(1).sum()), tokens, heads, width)
+    own = (rows, len(shape.own), tokens, heads, width)
+
+    def table(key: Any) -> Any:
+        """Of eight bits the parts: arrays alone have an abstract form."""
+        if kind is NVFP4:
+            return nvfp4(key, (*lead, tokens * heads, width))
+        (x,) = normal(key, (shape.keys,), dtype)
+        return x if kind is None else eight_bits(x, kind, -1)
 
     def make(key):
         more = (phases,) if shape.relative else ()
-        return normal(key, (shape.queries, shape.keys, shape.keys, *more), dtype)
+        fresh = (own, own) if kind is not None else ()
+        keys = jax.random.split(key, 3)
+        q, *rest = normal(keys[0], (shape.queries, *fresh, *more), dtype)
+        return q, table(keys[1]), table(keys[2]), *rest
 
-    def asked(q, k, v, *read):
-        layer, read = jnp.int32(shape.layers - 1), [x.astype(jnp.float32) for x in read]
-        return Call(q, k, v, jnp.asarray(shape.table), layer, *read)
+    def asked(q, k, v, *rest):
+        layer, fresh = jnp.int32(shape.layers - 1), None
+        if kind is not None:
+            slots = jnp.broadcast_to(jnp.array(shape.own, jnp.int32), own[:2])
+            fresh, rest = Fresh(*rest[:2], slots), rest[2:]
+        if isinstance(k, tuple):
+            k, v = (Scaled(values, scales[..., 0]) for values, scales in (k, v))
+            k = dataclasses.replace(k, multiplied=multiplied)
+        read = rest[0].astype(jnp.float32) if rest else None
+        return Call(q, k, v, jnp.asarray(shape.table), layer, read, fresh)
 
     return Case(
         make=make,
         call=lambda backend, *x, sm=None: at(backend.attend, sm)(asked(*x)),
         refuse=lambda backend, *x, sm=None: at(backend.unsupported, sm)(asked(*x)),
         flops=float(shape.flops),
-        nbytes=2 * size(shape.queries, dtype) + 2 * window * jnp.dtype(dtype).itemsize,
+        nbytes=2 * (size(shape.queries, dtype) + size(window, dtype if kind is None else kind)),
     )
+
+
+def _as_kept(name: str, shape: Any) -> bool:
+    return not shape.relative
 
 
 def _one_matrix(name: str, shape: Any) -> bool:
@@ -225,6 +253,14 @@ def _layer(name: str, shape: Any) -> bool:
     return not name.endswith(("_dgrad", "_wgrad")) and not shape.batch and blocks
 
 
+# How slots are kept in fewer bits; with what is called scores they are multiplied so, too.
+SLOTS = {
+    "int8": jnp.int8,
+    "int8 scores": jnp.int8,
+    "fp8": jnp.float8_e4m3fn,
+    "fp8 scores": jnp.float8_e4m3fn,
+    "nvfp4": NVFP4,
+}
 _ATTENTION, _NVFP4 = "longlive_kernels.attention", "longlive_kernels.nvfp4"
 _TABLE, _PRODUCT = f"{_ATTENTION}.chunk_table", f"{_NVFP4}.matmul"
 _SLOTS, _QUANTISER = f"{_ATTENTION}.sink_window", f"{_NVFP4}.quantize"
@@ -240,6 +276,16 @@ OPS = {
             f"{_TABLE}.api",
         ),
         Op("attention/sink_window", _SLOTS, sink_window, f"{_SLOTS}.api"),
+        *(
+            Op(
+                f"attention/sink_window {name}",
+                _SLOTS,
+                functools.partial(sink_window, kind=kind, multiplied="scores" in name),
+                f"{_SLOTS}.api",
+                *([_as_kept] if "scores" in name else []),
+            )
+            for name, kind in SLOTS.items()
+        ),
         Op("nvfp4/quantize", _QUANTISER, quantize, f"{_QUANTISER}.api"),
         Op("nvfp4/matmul", _PRODUCT, matmul, f"{_PRODUCT}.api"),
         Op(

@@ -16,7 +16,7 @@ from longlive_kernels.nvfp4.quantize import api as quantiser
 from rich.console import Console
 from test_report import HEAD
 
-from longlive_jax import bench_compile, bench_kernels, cli
+from longlive_jax import bench_compile, bench_kernels, bench_ops, cli
 from longlive_jax.bench_kernels import Default, Effort, Row
 from longlive_jax.bench_ops import OPS, Case
 from longlive_jax.errors import InputError
@@ -27,6 +27,7 @@ SMALL = {  # of each op one shape that compiles in a moment
     "attention/chunk_table": "one_frame",
     "attention/chunk_table gradient": "one_frame",
     "attention/sink_window": "one_slot",
+    **{f"attention/sink_window {kind}": "one_slot" for kind in bench_ops.SLOTS},
     "nvfp4/quantize": "one_tile",
     "nvfp4/matmul": "one_block",
     "nvfp4/matmul_w4a16": "one_block",
@@ -87,6 +88,9 @@ def test_flops_and_bytes_are_those_of_the_op():
     window = case("attention/sink_window", "ragged")  # 2 frames of 11 tokens see 4 slots
     assert window.flops == 4 * 2 * 64 * 22 * 44
     assert window.nbytes == 2 * (22 + 44) * 2 * 64 * 4
+    for kind, each in {"fp8 scores": 1, "int8": 1, "nvfp4": 9 / 16}.items():
+        low = case(f"attention/sink_window {kind}", "ragged")
+        assert low.nbytes == 2 * (22 * 4 + 44 * each) * 2 * 64 and low.flops == window.flops
 
 
 def test_products_of_nvfp4_say_what_their_operands_say():
@@ -99,9 +103,9 @@ def test_products_of_nvfp4_say_what_their_operands_say():
     assert float(jnp.abs(theirs).max()) > 0
 
 
-@pytest.mark.parametrize("name", ["attention/chunk_table", "attention/sink_window"])
+@pytest.mark.parametrize("name", [name for name in OPS if name.startswith("attention")])
 def test_backends_of_a_case_agree(name):
-    shape = {"attention/chunk_table": "fewer_queries", "attention/sink_window": "sinks"}[name]
+    shape = "sinks" if "sink_window" in name else "fewer_queries"
     made, backends = case(name, shape), OPS[name].backends
     results = [
         made.call(backend, *made.make(KEY))
@@ -110,7 +114,8 @@ def test_backends_of_a_case_agree(name):
     ]
     assert len(results) > 1
     for other in results[1:]:
-        np.testing.assert_allclose(results[0], other, atol=1e-5)
+        for ours, theirs in zip(*map(jax.tree.leaves, (results[0], other)), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
