@@ -72,6 +72,12 @@ BACKENDS = (
     Backend("text encoder", "xla"),
 )
 
+
+def names(op: str) -> tuple[str, ...]:
+    """Of the backends of an operation."""
+    return tuple(backend.name for backend in BACKENDS if backend.op == op)
+
+
 # Number types, and what asks for them.
 TYPES = {
     "float32": "the default on CPUs",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax import config, opening, sampler, weights
+from longlive_jax import config, opening, rollout, sampler, weights
 from longlive_jax import lora as loras
 from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig
 from longlive_jax.convert.table import NameMismatch, Pending
@@ -103,7 +103,13 @@ class Model:
             stream = dataclasses.replace(self.config.stream, **changes)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, stream=stream))
+        config = dataclasses.replace(self.config, stream=stream)
+        try:
+            if stream.attention != "best":
+                rollout.check_attention(config, self.dit.head.kernel[...].dtype)
+        except NotImplementedError as error:
+            raise InputError(f"attention: {error}") from error
+        return dataclasses.replace(self, config=config)
 
     def quantized(self, precision: str | Precision, **choices: Any) -> Model:
         """The transformer's matrices in fewer bits: "int8", "fp8" or "nvfp4" for all of its blocks,

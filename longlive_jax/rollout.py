@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -282,7 +283,29 @@ def _attention(
     angles, chunk = at(jnp.take_along_axis(position, taken, 1)), cache.chunk
     read = at(position) if stream.rope == "relative" else None
     chunk = jnp.take_along_axis(chunk, taken, 1)
-    return Cached(angles, taken, chunk, visible, read, mesh=rollout.mesh)
+    how = dict(backend=stream.attention, mesh=rollout.mesh)
+    return Cached(angles, taken, chunk, visible, read, **how)
+
+
+def check_attention(cfg: ModelConfig, dtype: Any) -> None:
+    """Raises NotImplementedError where `cfg.stream.attention` cannot attend a chunk of the model,
+    which computes in `dtype`, here. Nothing is computed.
+    """
+    stream, frames, tokens = cfg.stream, cfg.stream.chunk, cfg.tokens_per_frame
+
+    def attend() -> Array:
+        def phases_of(count: int) -> Array:
+            return jnp.zeros((1, count * tokens, cfg.dit.head_dim // 2))
+
+        cache = slots.empty(cfg.dit, stream, 1, tokens, dtype)
+        read = phases_of(stream.window) if stream.rope == "relative" else None
+        own = jnp.zeros((1, frames), jnp.int32)
+        visible = jnp.ones((1, frames, stream.window), bool)
+        attn = Cached(phases_of(frames), own, own, visible, read, backend=stream.attention)
+        x = jnp.zeros((1, frames * tokens, cfg.dit.heads, cfg.dit.head_dim), dtype)
+        return attn(x, x, x, LayerCache(cache.k, cache.v, jnp.int32(0)))[0]
+
+    jax.eval_shape(attend)
 
 
 def _tile(x: Array, rows: int) -> Array:

@@ -2,6 +2,7 @@
 loss and the same gradients.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -90,6 +91,12 @@ def test_any_mesh_is_one_device(axes, balanced, parts):
     for name, x in alone.items():
         scale = np.abs(x).max()
         np.testing.assert_allclose(moved[name], x, rtol=0, atol=1e-4 * scale, err_msg=name)
+
+
+def test_what_attends_may_be_named():
+    """By the reference the same steps."""
+    told, _, _ = two_steps((1, 1, 2), dataclasses.replace(CONFIG, attention="reference"))
+    np.testing.assert_allclose(told, two_steps((1, 1, 2))[0], rtol=1e-5)
 
 
 @functools.partial(streams.jit, static_argnames=("cfg", "mesh"))

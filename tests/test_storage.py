@@ -12,6 +12,7 @@ from longlive_jax import footprint
 from longlive_jax.config import WAN22_TI2V_5B, StreamConfig
 from longlive_jax.dit import storage
 from longlive_jax.dit.storage import CODECS, Place
+from longlive_jax.errors import InputError
 
 LAYERS, B, SLOTS, S, A, D = 2, 2, 6, 4, 2, 32
 # The largest error of a number, of the largest in its scale's reach: half a step of int8; half a
@@ -80,6 +81,17 @@ def test_what_is_kept_is_never_quantised_again(kind):
         np.testing.assert_array_equal(before[:, :, 3:], after[:, :, 3:])
     changed = np.asarray(jax.tree.leaves(again)[0][1, :, 2], np.float32)
     assert changed.any()
+
+
+def test_what_attends_the_memory_may_be_named(tiny):
+    """By the reference the same video, within rounding; what cannot run here is refused at once."""
+    _, own = played(tiny, chunks=4)
+    _, by_reference = played(tiny.streaming(attention="reference"), chunks=4)
+    assert np.abs(own.astype(int) - by_reference).max() <= 2
+    with pytest.raises(InputError, match="attention: mosaic needs an NVIDIA GPU"):
+        tiny.streaming(attention="mosaic", kv="fp8", eight_bit_scores=True)
+    with pytest.raises(InputError, match="attention: no backend 'flash': there are xla"):
+        tiny.streaming(attention="flash")
 
 
 def test_nvfp4_has_one_largest_magnitude_for_each_chunk():

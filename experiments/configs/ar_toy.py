@@ -24,7 +24,8 @@ def _run(source: dict | None = None, ar: dict | None = None, **changes) -> dict:
     folder = dict(
         folder="runs/toy", chunks=16, batch=4, cache="runs/latents", start="first", seed=0
     )
-    task = dict(shift=3.0, context_sigma=0.25, context_share=0.7, windowed=True, remat="all")
+    noise = dict(context_sigma=0.25, context_share=0.7)
+    task = dict(shift=3.0, windowed=True, remat="all", attention="best") | noise
     run = dict(
         model="tiny",
         fresh=False,

@@ -35,7 +35,7 @@ def get_config(which: str = "5b-16") -> ml_collections.ConfigDict:
             seed=0,
             **mesh,
             source=source,
-            ar=dict(shift=5.0),
+            ar=dict(shift=5.0, attention="best"),
             optimizer=optimizer,
             recycling=dict(),  # the paper's values
             nvfp4={} if products == ["nvfp4"] else ml_collections.config_dict.placeholder(dict),

@@ -13,7 +13,10 @@ from longlive_jax.errors import InputError
 
 SIZES = ("preset", "random_weights")
 WEIGHTS = ("model", *SIZES)
-CHOICES = ("lora", "vae", "precision", "weights_only", "kv", "eight_bit_scores", "clean_pass")
+CHOICES = (
+    *("lora", "vae", "precision", "weights_only"),
+    *("kv", "eight_bit_scores", "attention", "clean_pass"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

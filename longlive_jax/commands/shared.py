@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import flags
 
+from longlive_jax import backends
 from longlive_jax.errors import InputError
 
 Load = Callable[..., Any]  # of a model's name, and the keywords of `longlive_jax.load`
@@ -45,6 +46,13 @@ def define_model(values: flags.FlagValues) -> None:
         True,
         "read a finished chunk into memory by a forward of its own; otherwise its last step's keys"
         " and values stay: one forward less, in another memory than the model was trained with",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "attention",
+        "best",
+        ["best", *backends.names("attention/sink_window")],
+        "what attends the memory; the best is one that has run on such a device",
         flag_values=values,
     )
     define_precision(values)
@@ -91,6 +99,7 @@ def choosing(load: Load, values: flags.FlagValues) -> Load:
     if values.weights_only and not values.precision:
         load = functools.partial(load, weights_only=True)
     changes = {} if values.clean_pass else {"clean_pass": False}
+    changes |= {"attention": values.attention} if values.attention != "best" else {}
     changes |= {"kv": values.kv} if values.kv else {}
     changes |= {"eight_bit_scores": True} if values.eight_bit_scores else {}
     if not values.precision and not changes:

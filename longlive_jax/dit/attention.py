@@ -62,6 +62,11 @@ class Masked:
         return chunk_table(q, k, v, self.table), None
 
 
+def named(backend: str) -> str | None:
+    """As kernels take it: None picks the best."""
+    return None if backend == "best" else backend
+
+
 def as_table(table: np.ndarray) -> Table:
     return tuple(tuple(bool(x) for x in row) for row in table)
 
@@ -96,8 +101,9 @@ class Cached:
     slots: the slot of each of the call's frames; a frame that is to leave no trace names the one
     past the last. chunk: of each of them. visible: which slot each may attend. angles: phases of
     the call's frames. read: phases of all slots, where positions are relative: keys are then stored
-    as they come, and rotated when they are read. final: this is the frames' clean pass. mesh: over
-    which the rows are spread; each device writes and attends its own.
+    as they come, and rotated when they are read. final: this is the frames' clean pass. backend: of
+    `sink_window`; "best": its own choice. mesh: over which the rows are spread; each device writes
+    and attends its own.
     """
 
     angles: Float[Array, "b n p"]
@@ -106,6 +112,7 @@ class Cached:
     visible: Bool[Array, "b f slots"]
     read: Float[Array, "b m p"] | None = None
     final: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    backend: str = dataclasses.field(default="best", metadata=dict(static=True))
     mesh: Mesh | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     def spread(self, x: Array) -> Array:
@@ -149,8 +156,8 @@ class Cached:
         return q, (k.reshape(shape), v.reshape(shape))
 
     def _over(self, q: Heads, kept: KV, layer: Int[Array, ""], fresh: Fresh | None) -> Heads:
-        tables = map(storage.table, kept)
-        return sink_window(q, *tables, self.visible, layer=layer, read=self.read, fresh=fresh)
+        given = dict(layer=layer, read=self.read, fresh=fresh, implementation=named(self.backend))
+        return sink_window(q, *map(storage.table, kept), self.visible, **given)
 
 
 @jax.tree_util.register_dataclass

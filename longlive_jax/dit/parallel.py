@@ -12,13 +12,15 @@ from jaxtyping import Array, Float
 from longlive_kernels.attention.chunk_table import chunk_table
 
 from longlive_jax import sharding
-from longlive_jax.dit.attention import Heads, Table
+from longlive_jax.dit.attention import Heads, Table, named
 from longlive_jax.dit.rope import rotate
 from longlive_jax.sharding import BATCH, SEQ
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table", "mesh"]
+    jax.tree_util.register_dataclass,
+    data_fields=["angles"],
+    meta_fields=["table", "mesh", "backend"],
 )
 @dataclasses.dataclass(frozen=True)
 class Ulysses:
@@ -27,26 +29,31 @@ class Ulysses:
 
     Each device rotates its own tokens. One exchange of q, k and v together turns all heads of its
     tokens into its heads of all tokens, one more turns the result back. The gathered order is used
-    as it is: `table` and `angles` are in that order.
+    as it is: `table` and `angles` are in that order. backend: of `chunk_table`; "best": its own
+    choice.
     """
 
     angles: Float[Array, "b n p"]
     table: Table
     mesh: Mesh
+    backend: str = "best"
 
     def spread(self, x: Array) -> Array:
         return sharding.frames(x, self.mesh)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, state: None) -> tuple[Heads, None]:
         tokens = PartitionSpec(BATCH, SEQ)
-        local = functools.partial(_local, table=self.table)
+        local = functools.partial(_local, table=self.table, backend=named(self.backend))
         run = jax.shard_map(local, mesh=self.mesh, in_specs=(tokens,) * 4, out_specs=tokens)
         return run(q, k, v, self.angles), None
 
 
-def _local(q: Array, k: Array, v: Array, angles: Array, *, table: Table) -> Array:
+def _local(
+    q: Array, k: Array, v: Array, angles: Array, *, table: Table, backend: str | None
+) -> Array:
     """On one device: b n/ranks a d of every operand."""
     exchange = functools.partial(jax.lax.all_to_all, axis_name=SEQ, tiled=True)
     qkv = jnp.stack([rotate(q, angles), rotate(k, angles), v])
     q, k, v = exchange(qkv, split_axis=3, concat_axis=2)  # b n a/ranks d
-    return exchange(chunk_table(q, k, v, table), split_axis=1, concat_axis=2)
+    out = chunk_table(q, k, v, table, implementation=backend)
+    return exchange(out, split_axis=1, concat_axis=2)

@@ -9,16 +9,18 @@ p-th part of the frames. Only inside the forward they lie as `Order` says.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+from longlive_kernels.attention.chunk_table import Table, chunk_table
 
 from longlive_jax import flow, sharding
-from longlive_jax.config import StreamConfig
+from longlive_jax.config import ModelConfig, StreamConfig
 from longlive_jax.dit import mask
-from longlive_jax.dit.attention import as_table
+from longlive_jax.dit.attention import as_table, named
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.dit.parallel import Ulysses
 from longlive_jax.dit.rope import phases
@@ -42,6 +44,7 @@ class ARConfig:
     windowed: bool = False  # attend as the streaming cache does; otherwise all that came before
     balanced: bool = True
     remat: str = "nothing"  # of a block is kept for its gradient, its input aside
+    attention: str = "best"  # a backend of `longlive_kernels.attention.chunk_table`
 
     def order(self, ranks: int) -> Order:
         return Order(ranks if self.balanced else 1)
@@ -166,11 +169,28 @@ def velocity(
     angles = phases(dit.cfg, sharding.frames(order.join(position, position), mesh), rows, columns)
     segment = order.join(prompt, prompt)
     segment = jnp.broadcast_to(segment, (text.k.shape[0], *segment.shape))
-    attn = Ulysses(angles, as_table(table), mesh)
+    attn = Ulysses(angles, as_table(table), mesh, cfg.attention)
     t = sharding.frames(order.join(made.context_t, made.t), mesh)
     kv = TextKV(text.k, text.v, segment)
     v, _ = dit(x, t, kv, attn, remat=cfg.remat)
     return sharding.frames(order.split(v)[1], mesh)
+
+
+def check_attention(cfg: ARConfig, model: ModelConfig, frames: int, ranks: int, dtype: Any) -> None:
+    """Raises InputError where `cfg.attention` cannot attend so many latent frames here, in `dtype`.
+    Nothing is computed.
+    """
+    table = Table.of(cfg.order(ranks).table(mask.clean(frames, cfg.stream.chunk)))
+    shape = (1, 2 * frames * model.tokens_per_frame, model.dit.heads // ranks, model.dit.head_dim)
+
+    def attend() -> Array:
+        x = jnp.zeros(shape, dtype)
+        return chunk_table(x, x, x, table, implementation=named(cfg.attention))
+
+    try:
+        jax.eval_shape(attend)
+    except NotImplementedError as error:
+        raise InputError(f"attention: {error}") from error
 
 
 def loss_sum(v: Latents, made: Task, cfg: ARConfig) -> Float[Array, ""]:

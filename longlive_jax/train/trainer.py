@@ -81,6 +81,7 @@ class Run:
         _check_config(cfg)
         frames = cfg.source.chunks * cfg.ar.stream.chunk
         ar.check(cfg.ar, frames, model.config.dit.heads, cfg.seq)
+        ar.check_attention(cfg.ar, model.config, frames, cfg.seq, DTYPES[cfg.dtype])
         source.check(cfg.source, mesh)
         self.videos = Source(model, cfg.source, mesh)
         recycles = cfg.recycling is not None
