@@ -416,6 +416,7 @@ def test_what_does_not_fit_is_refused():
         (dict(v=eight.v), "kept in one way, not as float32 and int8"),
         (dict(read=jnp.zeros((1, 3, 16))), "do not turn keys"),
         (dict(fresh=short), "fresh frames"),
+        (dict(k=eight.k, v=turned.k), "keys alone are multiplied as they are kept"),
         (dict(k=turned.k, v=turned.v, read=phases), "keys that are turned as they are read"),
     ):
         with pytest.raises(ValueError, match=message):

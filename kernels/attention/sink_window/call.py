@@ -98,6 +98,8 @@ class Call:
         if kept.kind(self.k) != kept.kind(self.v):
             kinds = f"{kept.kind(self.k)} and {kept.kind(self.v)}"
             raise ValueError(f"keys and values are kept in one way, not as {kinds}")
+        if isinstance(self.v, kept.Scaled) and self.v.multiplied:
+            raise ValueError("keys alone are multiplied as they are kept, not values")
         if self.eight and self.read is not None:
             raise ValueError("keys that are turned as they are read are not multiplied as kept")
         turned = (self.rows, self.slots * self.tokens, self.width // 2)
