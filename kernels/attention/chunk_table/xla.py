@@ -15,7 +15,7 @@ from longlive_kernels.attention.chunk_table.table import Table
 from longlive_kernels.attention.chunk_table.vjp import backward, differentiable
 
 DTYPES = ("bfloat16", "float16", "float32")
-VISIT = 1024  # scores that a CPU makes in the time that going to a pair of tiles takes
+VISIT = 2048  # scores that a CPU makes in the time that going to a pair of tiles takes
 
 
 def unsupported(q: Array, k: Array, v: Array, table: Table) -> str | None:
