@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from longlive_jax import report
 from longlive_jax.bench_session import timed
-from longlive_jax.vae.layers import taps
+from longlive_jax.vae.layers import conv2d, taps
 
 SIDE = 3  # of the neighbourhood, in space and in time
 SAME = ((1, 1), (1, 1))
@@ -45,19 +45,13 @@ def _convolved(x: Array, kernel: Array, letters: tuple[str, str, str], padding: 
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=letters)
 
 
-def _frames(x: Array, kernel: Array) -> Array:
-    """A 2-D convolution of every frame."""
-    y = _convolved(x.reshape(-1, *x.shape[2:]), kernel, ("NHWC", "HWIO", "NHWC"), SAME)
-    return y.reshape(*x.shape[:2], *y.shape[1:])
-
-
 def _side_by_side(x: Array, kernel: Array) -> Array:
-    return _frames(taps(x, SIDE), kernel)
+    return conv2d(taps(x, SIDE), kernel, None)
 
 
 def _summed(x: Array, kernel: Array) -> Array:
     count = x.shape[1] - SIDE + 1
-    return sum(_frames(x[:, i : i + count], kernel[i]) for i in range(SIDE))
+    return sum(conv2d(x[:, i : i + count], kernel[i], None) for i in range(SIDE))
 
 
 def _side_by_side_first(x: Array, kernel: Array) -> Array:

@@ -105,7 +105,8 @@ def test_products_of_nvfp4_say_what_their_operands_say():
 
 @pytest.mark.parametrize("name", [name for name in OPS if name.startswith("attention")])
 def test_backends_of_a_case_agree(name):
-    shape = "sinks" if "sink_window" in name else "fewer_queries"
+    # Of these, that are not done at once as the reference does it.
+    shape = "sinks" if "sink_window" in name else "last_chunk_short"
     made, backends = case(name, shape), OPS[name].backends
     results = [
         made.call(backend, *made.make(KEY))

@@ -1,5 +1,7 @@
 """Keys and values in fewer bits: what is kept, when, and what it does to a video."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,10 @@ def test_what_attends_the_memory_may_be_named(tiny):
     _, own = played(tiny, chunks=4)
     _, by_reference = played(tiny.streaming(attention="reference"), chunks=4)
     assert np.abs(own.astype(int) - by_reference).max() <= 2
+    named = dataclasses.replace(tiny.config.stream, attention="mosaic")
+    unchecked = dataclasses.replace(tiny.config, stream=named)
+    with pytest.raises(NotImplementedError, match="mosaic needs an NVIDIA GPU"):
+        played(dataclasses.replace(tiny, config=unchecked))
     with pytest.raises(InputError, match="attention: mosaic needs an NVIDIA GPU"):
         tiny.streaming(attention="mosaic", kv="fp8", eight_bit_scores=True)
     with pytest.raises(InputError, match="attention: no backend 'flash': there are xla"):

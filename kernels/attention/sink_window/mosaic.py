@@ -114,7 +114,7 @@ def unsupported(call: Call, *, sm: int | None = None) -> str | None:
         return f"needs heads {WIDTH} wide, not {call.width}"
     if call.tokens % EIGHT:
         return f"needs latent frames of a multiple of {EIGHT} tokens, not {call.tokens}"
-    if call.eight and UNITS[arch.default() if sm is None else sm] != "wgmma":
+    if call.eight and _units(sm) != "wgmma":
         return "multiplies keys in eight bits on sm_90 alone"
     if call.read is not None:
         return "does not turn keys as it reads them (relative positions), as xla does"
@@ -123,7 +123,7 @@ def unsupported(call: Call, *, sm: int | None = None) -> str | None:
 
 def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
     """See `api.sink_window`. sm: as `unsupported` takes it, which is asked before."""
-    units = UNITS[arch.default() if sm is None else sm]
+    units = _units(sm)
     kind, fresh = kept.kind(call.k), call.fresh
     stored, own = (call.visible, None) if fresh is None else kept.divided(call.visible, fresh)
     seen = [stored] if own is None else [stored, own]
@@ -141,6 +141,10 @@ def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
         sources.append(tuple(operands(x, None, plan) for x in (beside(k), ordered(v, kind))))
     out = _kernel(units)(operands(beside(q), None, plan), lists(call, seen), sources, plan)
     return merged(out.reshape(call.q.shape), kind)
+
+
+def _units(sm: int | None) -> str:
+    return UNITS[arch.default() if sm is None else sm]
 
 
 def _kernel(units: str) -> Callable[..., Array]:
