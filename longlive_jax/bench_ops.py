@@ -201,7 +201,7 @@ def sink_window(shape: Any, dtype: Any, *, kind: Any = None, multiplied: bool = 
 
     rows, _, slots = shape.table.shape
     *lead, tokens, heads, width = shape.keys
-    phases = (rows, slots * shape.tokens, shape.width // 2)
+    phases = (rows, slots, shape.turned)
     window = (int(shape.table.any(1).sum()), tokens, heads, width)
     own = (rows, len(shape.own), tokens, heads, width)
 

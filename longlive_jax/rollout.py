@@ -24,7 +24,7 @@ from longlive_jax.dit import cache as slots
 from longlive_jax.dit.attention import KV, Beside, Cached, LayerCache
 from longlive_jax.dit.cache import Held, KVCache
 from longlive_jax.dit.model import DiT, TextKV
-from longlive_jax.dit.rope import phases
+from longlive_jax.dit.rope import in_time, phases
 from longlive_jax.vae.tae import TAE
 from longlive_jax.vae.vae import VAE, VAECarry, stream
 
@@ -274,14 +274,11 @@ def _attention(
     cache, grid = rollout.cache, rollout.held.latents.shape[2:4]
     rows, columns = (n // p for n, p in zip(grid, dit.cfg.patch[1:], strict=True))
 
-    def at(position: Array) -> Array:
-        position = position.astype(jnp.float32) * stream.time_scale
-        return phases(dit.cfg, position, rows, columns)
-
-    position = cache.frame + stream.shot_offset * cache.shot
-    position = slots.rank(cache) if stream.rope == "relative" else position
-    angles, chunk = at(jnp.take_along_axis(position, taken, 1)), cache.chunk
-    read = at(position) if stream.rope == "relative" else None
+    relative, chunk = stream.rope == "relative", cache.chunk
+    position = slots.rank(cache) if relative else cache.frame + stream.shot_offset * cache.shot
+    position = position.astype(jnp.float32) * stream.time_scale
+    angles = phases(dit.cfg, jnp.take_along_axis(position, taken, 1), rows, columns)
+    read = in_time(dit.cfg, position) if relative else None
     chunk = jnp.take_along_axis(chunk, taken, 1)
     how = dict(backend=stream.attention, mesh=rollout.mesh)
     return Cached(angles, taken, chunk, visible, read, **how)
@@ -294,14 +291,13 @@ def check_attention(cfg: ModelConfig, dtype: Any) -> None:
     stream, frames, tokens = cfg.stream, cfg.stream.chunk, cfg.tokens_per_frame
 
     def attend() -> Array:
-        def phases_of(count: int) -> Array:
-            return jnp.zeros((1, count * tokens, cfg.dit.head_dim // 2))
-
         cache = slots.empty(cfg.dit, stream, 1, tokens, dtype)
-        read = phases_of(stream.window) if stream.rope == "relative" else None
+        angles = phases(cfg.dit, jnp.zeros((1, frames)), 1, tokens)
+        read = in_time(cfg.dit, jnp.zeros((1, stream.window)))
+        read = read if stream.rope == "relative" else None
         own = jnp.zeros((1, frames), jnp.int32)
         visible = jnp.ones((1, frames, stream.window), bool)
-        attn = Cached(phases_of(frames), own, own, visible, read, backend=stream.attention)
+        attn = Cached(angles, own, own, visible, read, backend=stream.attention)
         x = jnp.zeros((1, frames * tokens, cfg.dit.heads, cfg.dit.head_dim), dtype)
         return attn(x, x, x, LayerCache(cache.k, cache.v, jnp.int32(0)))[0]
 

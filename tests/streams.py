@@ -14,7 +14,7 @@ from longlive_jax import rollout
 from longlive_jax.config import TINY_TEXT, ModelConfig, SamplerConfig, StreamConfig, VAEConfig
 from longlive_jax.dit import cache as slots
 from longlive_jax.dit.attention import Cached, LayerCache
-from longlive_jax.dit.rope import phases
+from longlive_jax.dit.rope import in_time, phases, rotate
 from longlive_jax.vae.vae import VAE
 
 # Half the time to compile; nothing here runs long.
@@ -86,7 +86,7 @@ def call(dit, cache, taken, visible, position, x, t, text, read=None):
     """
     rows, columns = (n // 2 for n in x.shape[2:4])
     angles = phases(dit.cfg, position, rows, columns)
-    read = None if read is None else phases(dit.cfg, read, rows, columns)
+    read = None if read is None else in_time(dit.cfg, read)
     visible = jnp.repeat(visible[:, None], x.shape[1], 1)
     state = LayerCache(cache.k, cache.v, jnp.zeros((), jnp.int32))
     chunk = jnp.take_along_axis(cache.chunk, taken, 1)
@@ -119,6 +119,13 @@ def by_frame(cache, x, row=0) -> dict[int, np.ndarray]:
     """Latent frame -> what `x` (keys or values, layers b slots …) holds of it."""
     x, frames = np.asarray(x), np.asarray(cache.frame[row])
     return {int(frame): x[:, row, slot] for slot, frame in enumerate(frames) if frame >= 0}
+
+
+def in_space(cfg, k, grid=GRID) -> np.ndarray:
+    """Keys *l s a d of frames as they come, as they are kept where positions are relative."""
+    angles = phases(cfg, jnp.zeros((1, 1)), *(n // 2 for n in grid))
+    frames = jnp.asarray(k).reshape(-1, *k.shape[-3:])
+    return np.asarray(rotate(frames, jnp.repeat(angles, frames.shape[0], 0))).reshape(k.shape)
 
 
 def attended(cache) -> list[list[int]]:

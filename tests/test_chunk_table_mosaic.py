@@ -111,7 +111,7 @@ def test_hidden_tiles_are_not_read():
     q, k, v = qkv(shape)
     poison = jnp.asarray(np.where(seen, 0, np.nan)[None, :, None, None], jnp.bfloat16)
     with mosaic_on_cpu.simulated():
-        run = jax.jit(lambda *x: mosaic.forward(*x, shape.table)[0])
+        run = jax.jit(lambda *x: mosaic.forward(*x, shape.table, units="wgmma")[0])
         out = jax.block_until_ready(run(q, k + poison, v + poison))
     whole = ours("5b_2_ranks")[0]
     out, whole = (np.asarray(x, np.float32) for x in (out, whole))
@@ -127,7 +127,9 @@ LISTED = SIMULATED | {
 BOTH = {
     "queries": (mosaic_lists.over_keys, (TILE, mosaic.QUERIES.tile)),
     "keys": (mosaic_lists.over_queries, (mosaic.KEYS.tile, TILE)),
+    "queries of Blackwell's gradient": (mosaic_lists.over_keys, (TILE, mosaic.GRADIENT.tile)),
 }
+assert mosaic.GRADIENT.tile == mosaic.KEYS.tile  # of keys: Blackwell has the same lists
 ALL = BOTH | {"queries of Blackwell": (mosaic_lists.over_keys, (2 * TILE, mosaic.BLACKWELL.tile))}
 LONG = {
     f"{frames} {'in one order' if ranks == 1 else f'on {ranks} ranks'}": (frames, ranks)
@@ -176,7 +178,7 @@ def test_teacher_forcing_visits_the_tiles_of_the_table_and_no_other(name, kind):
     assert expected == shape.table.array.sum() * shape.tokens**2 // (sizes[0] * sizes[1])
     assert lists.outer[:, 5].sum() == expected
     # Every tile of one side has a list, no list has a tile twice, all of them are visible.
-    size = sizes[0] if kind == "queries" else sizes[1]
+    size = sizes[1] if kind == "keys" else sizes[0]
     np.testing.assert_array_equal(
         np.sort(lists.outer[:, 0]), np.arange(0, 2 * frames * shape.tokens, size)
     )

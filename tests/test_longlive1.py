@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ D, D2, D3, D4 = (
 )
 E = "E_kv_cache_infinity"
 CHUNK, TOKENS = 3, streams.TOKENS
+GRID = (8, 6)  # of D's latents
 
 
 @functools.cache
@@ -212,13 +214,15 @@ def kept(frames, size, sink):
     return [*range(min(sink, frames)), *range(max(sink, frames - size + sink), frames)]
 
 
-def close_by_frame(cache, ours, case, name, frames, part=np.s_[:], tokens=TOKENS):
+def close_by_frame(cache, ours, case, name, frames, part=np.s_[:], grid=streams.GRID, relative=()):
     """Compares keys or values, layers b slots …; `frames` are those in the reference's cache.
 
-    part: of the reference's array, where it is not layers b tokens a d.
+    part: of the reference's array, where it is not layers b tokens a d. grid: latent rows and
+    columns. relative: the model, where positions are so: the reference keeps keys as they come.
     """
     theirs, atol = read(case)[f"out/{name}"][part], tolerances(case)[f"out/{name}"]["atol"]
-    theirs = theirs.reshape(*theirs.shape[:2], -1, tokens, *theirs.shape[-2:])
+    theirs = theirs.reshape(*theirs.shape[:2], -1, math.prod(grid) // 4, *theirs.shape[-2:])
+    theirs = streams.in_space(relative.cfg, theirs, grid) if relative else theirs
     for row in range(theirs.shape[1]):
         for frame, value in streams.by_frame(cache, ours, row).items():
             expected = theirs[:, row, frames.index(frame)]
@@ -244,7 +248,8 @@ def test_cached_calls(case, prefix):
     close(np.asarray(text.k)[:, :rows, 0], case, f"{prefix}crossattn_k_final")
     cache = calls[-1][-1]
     held = kept(read(case)[f"in/{prefix}start_frame"][-1] + CHUNK, size, sink)
-    close_by_frame(cache, cache.k, case, f"{prefix}cache_k_final", held)
+    relative = dict(relative=model(B)) if case == E else {}
+    close_by_frame(cache, cache.k, case, f"{prefix}cache_k_final", held, **relative)
     close_by_frame(cache, cache.v, case, f"{prefix}cache_v_final", held)
 
 
@@ -348,7 +353,7 @@ def test_E_kv_cache_infinity_recache(kind):
     cache = streams.recache(dit, video, text, jnp.ones(2, bool), **choices).cache
     order = [*range(18, 24)] if kind == "rewrite" else [0, 1, 2, 21, 22, 23]
     assert streams.attended(cache) == [order] * 2
-    close_by_frame(cache, cache.k, E, f"recache_{kind}_cache_k", order)
+    close_by_frame(cache, cache.k, E, f"recache_{kind}_cache_k", order, relative=dit)
 
 
 # Whole videos: C, and D with prompts that change.
@@ -381,7 +386,8 @@ def test_latents(prefix):
         latents.append(np.moveaxis(np.asarray(out[:rows]), -1, -3))
     close(np.concatenate(latents, 1), C, f"{prefix}latents")
     held = kept(frames, STREAM.window, STREAM.sink)
-    close_by_frame(video.cache, video.cache.k, C, f"{prefix}cache_k_final", held)
+    relative = dict(relative=dit) if prefix == "inf_" else {}
+    close_by_frame(video.cache, video.cache.k, C, f"{prefix}cache_k_final", held, **relative)
 
 
 def switched(switches, rope="absolute", before=lambda video: video):
@@ -398,7 +404,7 @@ def switched(switches, rope="absolute", before=lambda video: video):
         streams.text(dit, jnp.asarray(arrays[f"in/prompt_embeds_seg{segment}"]))
         for segment in range(len(switches) + 1)
     ]
-    video = streams.begin(dit, stream, SAMPLER, grid=noise.shape[2:4])
+    video = streams.begin(dit, stream, SAMPLER, grid=GRID)
     text, latents = texts.pop(0), []
     for start, renoise in zip(range(0, 27, CHUNK), draws, strict=True):
         if start in switches:
@@ -428,7 +434,8 @@ def test_switches(case):
     latents, cache = switched(switches, rope)
     close(latents, case, "latents")
     assert streams.attended(cache) == [sinks + NEWEST]
-    close_by_frame(cache, cache.k, case, "cache_k_final", sinks + NEWEST, tokens=12)
+    given = dict(grid=GRID, relative=model(C)) if rope == "relative" else dict(grid=GRID)
+    close_by_frame(cache, cache.k, case, "cache_k_final", sinks + NEWEST, **given)
 
 
 def differs(latents, case) -> list[int]:
@@ -451,7 +458,7 @@ def test_D4_switch_pipeline():
     """The reference empties its sinks, does not write them, and attends them."""
     latents, cache = switched({18: KEEP}, before=zeroed)
     close(latents, D4, "latents")
-    close_by_frame(cache, cache.k, D4, "cache_k_final", [0, 1, 2, *NEWEST], tokens=12)
+    close_by_frame(cache, cache.k, D4, "cache_k_final", [0, 1, 2, *NEWEST], grid=GRID)
     ours = streams.by_frame(cache, cache.k)
     assert not any(ours[frame].any() for frame in range(CHUNK))
 

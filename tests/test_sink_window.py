@@ -57,6 +57,7 @@ SIMULATED = {
     "frames_differ": sized("frames_differ", 72),
     "sinks": sized("sinks", 200),
     "all_but_one_empty": sized("all_but_one_empty", 128),
+    "relative": sized("relative", 136),
     # Blocks of 128 queries and of 256 that are full, and one that is not.
     "one_slot": sized("one_slot", 264),
 }
@@ -101,7 +102,7 @@ def made(shape: shapes.Shape, kind: str, dtype: str, seed: int = 0) -> Call:
         own = np.broadcast_to(np.array(shape.own, np.int32), (rows, len(shape.own)))
         fresh = Fresh(*(normal(*own.shape, *rest) for _ in range(2)), jnp.asarray(own))
     if shape.relative:
-        read = 3 * normal(rows, slots * shape.tokens, shape.width // 2, dtype="float32")
+        read = 3 * normal(rows, slots, shape.turned, dtype="float32")
     layer = jnp.int32(layers - 1)
     return Call(normal(*shape.queries), k, v, jnp.asarray(shape.table), layer, read, fresh)
 
@@ -404,7 +405,7 @@ def broken(**changes):
 def test_what_does_not_fit_is_refused():
     call = operands("tiny_chunk", "float32")
     eight = operands("tiny_chunk", "int8")
-    phases = jnp.zeros((1, eight.slots * eight.tokens, eight.width // 2))
+    phases = jnp.zeros((1, eight.slots, 6))
     turned = multiplied(dataclasses.replace(eight, read=phases))
     new = eight.fresh
     short = dataclasses.replace(new, k=new.k[:, :, :1], v=new.v[:, :, :1])  # too few tokens
@@ -414,7 +415,8 @@ def test_what_does_not_fit_is_refused():
         (dict(v=call.v[:, :, :-1]), "values of one layer are"),
         (dict(layer=None), "keys of one layer are"),
         (dict(v=eight.v), "kept in one way, not as float32 and int8"),
-        (dict(read=jnp.zeros((1, 3, 16))), "do not turn keys"),
+        (dict(read=jnp.zeros((1, 3, 6))), "do not turn keys"),
+        (dict(read=jnp.zeros((1, call.slots, 17))), "do not turn keys"),
         (dict(fresh=short), "fresh frames"),
         (dict(k=eight.k, v=turned.k), "keys alone are multiplied as they are kept"),
         (dict(k=turned.k, v=turned.v, read=phases), "keys that are turned as they are read"),
@@ -476,6 +478,9 @@ def simulated(name: str, kind: str, sm: int) -> np.ndarray:
         ("rows_differ", "nvfp4", 90),
         ("frames_differ", "nvfp4", 90),
         ("frames_differ", "nvfp4", 100),
+        ("relative", "fp8", 90),
+        ("relative", "nvfp4", 90),
+        ("relative", "nvfp4", 100),
     ],
 )
 def test_mosaic_means_what_the_reference_means(name, kind, sm):
@@ -501,10 +506,11 @@ def test_queries_that_see_nothing_are_zero_by_mosaic(sm):
     assert not found[2].any() and found[[0, 1, 3]].all(-1).any()
 
 
+@pytest.mark.parametrize("blocks", [mosaic.BLOCKS, mosaic.TURNING])
 @pytest.mark.parametrize(("units", "coded"), mosaic.BLOCKS)
-def test_threads_have_the_registers_that_they_ask_for(units, coded):
+def test_threads_have_the_registers_that_they_ask_for(units, coded, blocks):
     """A core has 64 Ki of them. Threads that ask for more than are left wait for ever."""
-    loads, has_softmax = mosaic.BLOCKS[units, coded].registers
+    loads, has_softmax = blocks[units, coded].registers
     others = [mosaic_tcgen05.ASKING] if units == "tcgen05" else []
     assert len(others) + 1 + tile.GROUPS == mosaic._kernel(units).warpgroups
     each = [loads, *others, *[has_softmax] * tile.GROUPS]
@@ -562,7 +568,7 @@ def test_mosaic_says_what_it_lacks():
         (dict(q=call.q.astype(jnp.float32)), 100, "queries in bfloat16, not float32"),
         (dict(q=call.q.astype(jnp.float32)), 90, "queries in bfloat16, not float32"),
         (dict(k=call.k.astype(jnp.float32)), 90, "not float32"),
-        (dict(read=jnp.zeros((4, 8 * 24, 64))), 90, "does not turn keys as it reads them"),
+        (dict(read=jnp.zeros((4, 8, 33))), 90, "turns keys by 32 phases of a slot at most, not 33"),
     ):
         assert re.search(reason, mosaic.unsupported(dataclasses.replace(call, **changes), sm=sm))
     eight = asked("rows_differ", "int8_scores")

@@ -100,10 +100,12 @@ def filled(listed: list[Ref], entry: Scalar) -> Scalar:
     return inner[entries[entry], 2]
 
 
-def store(tile: Ref, target: Ref, work: Work, ragged: bool):
-    """This warpgroup's rows, but none beyond the run's end, which are another tile's."""
+def store(tile: Ref, target: Ref, work: Work, ragged: bool, first: Scalar | None = None):
+    """This warpgroup's rows, but none beyond the run's end, which are another tile's. first: of
+    them in the block's tile; None: every warpgroup has as many.
+    """
     size = tile.shape[0]
-    first = lax.axis_index("group") * size
+    first = lax.axis_index("group") * size if first is None else first
     left = work.count - first
 
     def copy(at: int, size: int):

@@ -55,10 +55,15 @@ def scratch(keys: int, width: int, stages: int) -> dict[str, Any]:
 
 
 def multiply(
-    own: Any, total: Scalar, here: list[Bool[Array, ""]], sized: Callable[[Scalar, Product], None]
+    own: Any,
+    total: Scalar,
+    here: list[Bool[Array, ""]],
+    sized: Callable[[Scalar, Product], None],
+    ready: Callable[[Scalar, int], None] | None = None,
 ):
     """All products of a block with so many tiles of keys. here: whether a warpgroup has queries.
-    sized: calls a product of a tile with the number of its keys that are multiplied.
+    sized: calls a product of a tile with the number of its keys that are multiplied. ready: waits
+    for a warpgroup's queries to be as a tile is multiplied with; None: they are as they are loaded.
 
     Tensor cores do what one thread asks for in its order: the scores of a tile come after the
     product that reads the weights in their place, and tell of it as they are done.
@@ -89,7 +94,12 @@ def multiply(
                 plgpu.barrier_wait(own.weighted.at[group])
                 sized(before, functools.partial(values, before, group))
 
-            pl.when(some)(lambda: sized(at, functools.partial(scores, at, group)))
+            @pl.when(some)
+            def _():
+                if ready is not None:
+                    ready(at, group)
+                sized(at, functools.partial(scores, at, group))
+
             plgpu.tcgen05_commit_arrive(own.scored.at[group])
 
         for group in range(GROUPS):
@@ -97,7 +107,7 @@ def multiply(
         pl.when(some)(lambda: plgpu.tcgen05_commit_arrive(own.k_consumed.at[k_stage]))
         pl.when(at > 0)(lambda: plgpu.tcgen05_commit_arrive(own.v_consumed.at[v_stage]))
 
-    for group in range(GROUPS):
+    for group in range(GROUPS if ready is None else 0):
         pl.when(here[group])(lambda group=group: plgpu.barrier_wait(own.q_loaded.at[group]))
     lax.fori_loop(0, total + 1, step, None)
 

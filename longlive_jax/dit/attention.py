@@ -22,7 +22,7 @@ from longlive_kernels.attention.sink_window import Fresh, sink_window
 
 from longlive_jax import sharding
 from longlive_jax.dit import storage
-from longlive_jax.dit.rope import rotate
+from longlive_jax.dit.rope import in_space, rotate
 
 Heads = Float[Array, "b n a d"]
 Keys = Float[Array, "b m a d"]
@@ -100,17 +100,17 @@ class Cached:
 
     slots: the slot of each of the call's frames; a frame that is to leave no trace names the one
     past the last. chunk: of each of them. visible: which slot each may attend. angles: phases of
-    the call's frames. read: phases of all slots, where positions are relative: keys are then stored
-    as they come, and rotated when they are read. final: this is the frames' clean pass. backend: of
-    `sink_window`; "best": its own choice. mesh: over which the rows are spread; each device writes
-    and attends its own.
+    the call's frames. read: phases in time of all slots, where positions are relative: keys are
+    then stored turned in space alone, and in time when they are read. final: this is the frames'
+    clean pass. backend: of `sink_window`; "best": its own choice. mesh: over which the rows are
+    spread; each device writes and attends its own.
     """
 
     angles: Float[Array, "b n p"]
     slots: Int[Array, "b f"]
     chunk: Int[Array, "b f"]
     visible: Bool[Array, "b f slots"]
-    read: Float[Array, "b m p"] | None = None
+    read: Float[Array, "b slots t"] | None = None
     final: bool = dataclasses.field(default=False, metadata=dict(static=True))
     backend: str = dataclasses.field(default="best", metadata=dict(static=True))
     mesh: Mesh | None = dataclasses.field(default=None, metadata=dict(static=True))
@@ -151,7 +151,8 @@ class Cached:
 
     def _turned(self, q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Frames, Frames]]:
         """Queries, and keys and values as they are kept."""
-        q, k = rotate(q, self.angles), rotate(k, self.angles) if self.read is None else k
+        lasting = self.angles if self.read is None else in_space(self.angles, self.read.shape[2])
+        q, k = rotate(q, self.angles), rotate(k, lasting)
         shape = (*self.slots.shape, -1, *k.shape[2:])
         return q, (k.reshape(shape), v.reshape(shape))
 

@@ -39,8 +39,8 @@ def phases(
     `frames` are temporal positions in latent frames: (start + index + shot offset) * time scale, by
     the caller. Their angles lie in [-pi, pi].
     """
-    time, row, column = frequencies(cfg)
-    f = _wrapped(frames.astype(jnp.float32)[:, :, None, None, None], time)  # b f 1 1 p
+    _, row, column = frequencies(cfg)
+    f = in_time(cfg, frames)[:, :, None, None]  # b f 1 1 p
     r = jnp.asarray(np.arange(rows)[:, None] * row, jnp.float32)[None, None, :, None]  # 1 1 h 1 p
     c = jnp.asarray(np.arange(columns)[:, None] * column, jnp.float32)[
         None, None, None
@@ -48,6 +48,16 @@ def phases(
     shape = (*frames.shape, rows, columns)
     angles = jnp.concatenate([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (f, r, c)], -1)
     return angles.reshape(frames.shape[0], -1, angles.shape[-1])  # b n p
+
+
+def in_time(cfg: DiTConfig, frames: Float[Array, "b f"]) -> Float[Array, "b f t"]:
+    """Of `phases` those that turn with time, the first ones: the same for all tokens of a frame."""
+    return _wrapped(frames.astype(jnp.float32)[..., None], frequencies(cfg)[0])
+
+
+def in_space(angles: Float[Array, "b n p"], pairs: int) -> Float[Array, "b n p"]:
+    """Of `phases` those that turn with rows and columns; none of the first `pairs`."""
+    return angles.at[..., :pairs].set(0.0)
 
 
 def _wrapped(position: Float[Array, "*b 1"], frequency: np.ndarray) -> Float[Array, "*b p"]:

@@ -54,11 +54,11 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
             return packed, array((*rows, width // 16), jnp.float8_e4m3fn), array(lead, jnp.float32)
         return (array(shape.keys),)
 
-    def attend(q, k, v, visible, layer, fresh):
+    def attend(q, k, v, visible, layer, fresh, read):
         make = {1: lambda x: x, 2: Scaled, 3: lambda *x: NVFP4(*x, "mse")}[len(k)]
         keys = Scaled(*k, multiplied=True) if scores else make(*k)
         fresh = None if kind == "bfloat16" else Fresh(*fresh)
-        return run(Call(q, keys, make(*v), visible, layer, None, fresh))
+        return run(Call(q, keys, make(*v), visible, layer, read if shape.relative else None, fresh))
 
     rows, _, slots = shape.table.shape
     new = array((rows, len(shape.own), tokens, heads, width))
@@ -69,6 +69,7 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
         array(shape.table.shape, bool),
         array((), jnp.int32),
         (new, new, array((rows, len(shape.own)), jnp.int32)),
+        array((rows, slots, shape.turned), jnp.float32),
     )
     program = jax.jit(attend, keep_unused=True).lower(*given).compile()
     return program.memory_analysis().temp_size_in_bytes

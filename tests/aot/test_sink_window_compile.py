@@ -66,15 +66,22 @@ def temporary(text: str) -> int:
         ("b200", "5b_chunk", "int8"),
         ("b200", "1.3b_chunk", "fp8"),
         ("b200", "5b_recache", "nvfp4"),
+        *(("h100", "1.3b_relative", kind) for kind in shapes.KINDS),
+        *(("b200", "1.3b_relative", kind) for kind in ("bfloat16", "fp8", "nvfp4")),
     ],
 )
 def test_mosaic_compiles(gpu, name, kind):
-    """Nothing is spilled, and slots are neither copied nor unpacked in memory."""
+    """Nothing is spilled, and slots are neither copied nor unpacked in memory. Where a B200 turns
+    queries and unpacks slots, three numbers of threads that load are spilled.
+    """
     status, text = mosaic_program(gpu, "mosaic", name, kind)
     assert status == 0, text[-2000:]
     instruction, threads = COMPILED[gpu]
     assert instruction in text and SCORES.get(kind, "") in text
-    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text) == [("0", "0")]
+    shape = shapes.SHAPES[name]
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
+    some = gpu == "b200" and shape.relative and kind != "bfloat16"
+    assert spills and max(map(int, spills)) <= (16 if some else 0)
     (registers,) = re.findall(r"Used (\d+) registers", text)
     assert int(registers) <= 2**16 // threads // 8 * 8
     if gpu == "b200":
@@ -82,7 +89,6 @@ def test_mosaic_compiles(gpu, name, kind):
         assert columns[1] == "512"  # all of the tensor cores' memory: one block at a time
     # Small numbers are zeros to what flushes them: unpacking must not.
     assert set(re.findall(r"\S*ftz\S*", text)) <= {"ex2.approx.ftz.f32"}
-    shape = shapes.SHAPES[name]
     frame = 2 * shape.tokens * shape.heads * shape.width
     scales = {"bfloat16": 0, "nvfp4": shape.width // 16}.get(kind, 1)
     scales *= 2 * 4 * shape.tokens * shape.heads * shape.table.shape[2]
@@ -90,7 +96,9 @@ def test_mosaic_compiles(gpu, name, kind):
     ordered = 4 * frame * shape.table.shape[1] if kind == "nvfp4" else 0
     # With scores of eight bits: queries and fresh keys, which are rounded.
     rounded = frame * shape.table.shape[1] if kind in SCORES else 0
-    assert temporary(text) < 1.1 * (scales + ordered + rounded) + 1e5
+    # Where queries are turned: those, with what they are turned towards, or filled up.
+    pairs = frame * shape.table.shape[1] if shape.relative else 0
+    assert temporary(text) < 1.1 * (scales + ordered + rounded + pairs) + 1e5
 
 
 @pytest.mark.parametrize(("gpu", "sm", "units"), [("b200", 90, "wgmma"), ("h100", 100, "tcgen05")])

@@ -1,18 +1,18 @@
-"""Attention for Hopper and Blackwell, and its gradient for Hopper, in Pallas for Mosaic GPU.
+"""Attention for Hopper and Blackwell, and its gradient, in Pallas for Mosaic GPU.
 
 Three kernels for Hopper (sm_90): mosaic_forward.py, mosaic_queries.py (the gradient of q) and
-mosaic_keys.py (those of k and v). One for Blackwell: mosaic_tcgen05.py, whose gradient is XLA's
-(vjp.py). Each reads the tiles of mosaic_lists.py and no other. A tile lies where its run begins, or
-a multiple of its size behind that; the last of a run that is no multiple of it is read with what
-follows, whose weights are zero, and which must be finite.
+mosaic_keys.py (those of k and v). As many for Blackwell: mosaic_tcgen05.py, and two in
+mosaic_tcgen05_gradient.py. Each reads the tiles of mosaic_lists.py and no other. A tile lies where
+its run begins, or a multiple of its size behind that; the last of a run that is no multiple of it
+is read with what follows, whose weights are zero, and which must be finite.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels import arch
 from longlive_kernels.attention.chunk_table import mosaic_lists, tiles, vjp
@@ -35,6 +35,7 @@ class Blocks:
 
 FORWARD = Blocks(tile=128, stages=2, registers=(40, 232))
 BLACKWELL = Blocks(tile=128, stages=2, registers=(24, 232))
+GRADIENT = Blocks(tile=64, stages=4, registers=(24, 232))  # of Blackwell
 QUERIES = Blocks(tile=128, stages=2, registers=(24, 240))
 KEYS = Blocks(tile=64, stages=4, registers=(24, 240))
 
@@ -59,14 +60,20 @@ def unsupported(q: Array, k: Array, v: Array, table: Table, *, sm: int | None = 
     return None
 
 
-def forward(q: Heads, k: Keys, v: Keys, table: Table) -> tuple[Heads, Sums]:
+def forward(q: Heads, k: Keys, v: Keys, table: Table, *, units: str) -> tuple[Heads, Sums]:
     """The output, and of every query in its place (`mosaic_lists.places`) the logarithm to the base
     of 2 of its sum of exponentials. That is inf where there is no query, and where a query sees no
     key: weights that are made again from it are zero.
     """
-    from longlive_kernels.attention.chunk_table.mosaic_forward import attended
+    if units == "wgmma":
+        from longlive_kernels.attention.chunk_table.mosaic_forward import attended
 
-    lists = mosaic_lists.over_keys(table, _tokens(q, k, table), TILE, FORWARD.tile)
+        sizes = TILE, FORWARD.tile
+    else:
+        from longlive_kernels.attention.chunk_table.mosaic_tcgen05 import attended
+
+        sizes = 2 * TILE, BLACKWELL.tile
+    lists = mosaic_lists.over_keys(table, _tokens(q, k, table), *sizes)
     out, sums = tiles.alike(*attended(q, k, v, lists), q)[:2]
     if lists.ragged[0]:
         empty = mosaic_lists.places(table, _tokens(q, k, table)[0]) == q.shape[1]
@@ -74,39 +81,33 @@ def forward(q: Heads, k: Keys, v: Keys, table: Table) -> tuple[Heads, Sums]:
     return out, sums
 
 
-def forward_on_blackwell(q: Heads, k: Keys, v: Keys, table: Table) -> tuple[Heads, vjp.Sums]:
-    """The output, and of every query the logarithm of its sum of exponentials, as `vjp.backward`
-    takes it; inf where it sees no key.
-    """
-    from longlive_kernels.attention.chunk_table.mosaic_tcgen05 import attended
-
-    tokens = _tokens(q, k, table)
-    lists = mosaic_lists.over_keys(table, tokens, 2 * TILE, BLACKWELL.tile)
-    out, sums = tiles.alike(*attended(q, k, v, lists), q)[:2]
-    places = mosaic_lists.places(table, tokens[0])
-    place = np.argsort(places, kind="stable")[: q.shape[1]]  # of every query
-    sums = jnp.take(sums, jnp.asarray(place), axis=2) * np.float32(np.log(2))
-    return out, sums.swapaxes(1, 2)
-
-
 def backward(
-    table: Table, saved: tuple[Heads, Keys, Keys, Heads, Sums], grad: Heads
+    table: Table, saved: tuple[Heads, Keys, Keys, Heads, Sums], grad: Heads, *, units: str
 ) -> tuple[Heads, Keys, Keys]:
     """Of q, k and v. Sums in float32."""
-    from longlive_kernels.attention.chunk_table.mosaic_keys import of_keys
-    from longlive_kernels.attention.chunk_table.mosaic_queries import of_queries
+    if units == "wgmma":
+        from longlive_kernels.attention.chunk_table.mosaic_keys import of_keys
+        from longlive_kernels.attention.chunk_table.mosaic_queries import of_queries
 
+        sizes = QUERIES.tile, KEYS.tile
+    else:
+        from longlive_kernels.attention.chunk_table.mosaic_tcgen05_gradient import (
+            of_keys,
+            of_queries,
+        )
+
+        sizes = GRADIENT.tile, GRADIENT.tile
     q, k, v, out, sums = saved
     tokens = _tokens(q, k, table)
     # What is subtracted from the gradient of a row's weights, for the softmax.
     mean = jnp.einsum("bnad,bnad->ban", grad, out, preferred_element_type=jnp.float32)
-    lists = mosaic_lists.over_keys(table, tokens, TILE, QUERIES.tile)
+    lists = mosaic_lists.over_keys(table, tokens, TILE, sizes[0])
     if lists.ragged[0]:
         order = mosaic_lists.places(table, tokens[0])
         mean = jnp.take(mean, jnp.asarray(order), axis=2, mode="fill", fill_value=0)
     operands = (q, k, v, grad, sums, mean)
     dq = of_queries(*operands, lists)
-    dk, dv = of_keys(*operands, mosaic_lists.over_queries(table, tokens, KEYS.tile, TILE))
+    dk, dv = of_keys(*operands, mosaic_lists.over_queries(table, tokens, sizes[1], TILE))
     return tuple(tiles.alike(dq, dk, dv, q)[:3])
 
 
@@ -116,8 +117,8 @@ def _tokens(q: Array, k: Array, table: Table) -> tuple[int, int]:
 
 
 _ATTEND = {
-    "wgmma": vjp.differentiable(forward, backward),
-    "tcgen05": vjp.differentiable(forward_on_blackwell, vjp.backward),
+    units: vjp.differentiable(*(functools.partial(x, units=units) for x in (forward, backward)))
+    for units in ("wgmma", "tcgen05")
 }
 
 

@@ -24,7 +24,7 @@ def sink_window(
     visible: Bool[Array, "b f slots"],
     *,
     layer: Int[Array, ""] | None = None,
-    read: Float[Array, "b m p"] | None = None,
+    read: Float[Array, "b slots p"] | None = None,
     fresh: Fresh | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b n a d"]:
@@ -32,10 +32,11 @@ def sink_window(
 
     q: of f latent frames, of n / f tokens each. k, v: of a slot table [b slots s a d], as an array
     or in fewer bits (`kept`); or of all layers [layers b slots s a d], of which `layer` is read.
-    visible: which slot each frame attends. read: phases of the tokens of all slots, by which keys
-    are turned as they are read (relative positions); None where keys lie as they are attended.
-    fresh: frames that are attended in the place of what their slots hold. implementation: a name in
-    `BACKENDS`; None picks the best that supports the call.
+    visible: which slot each frame attends. read: phases of slots, by which the first p pairs of
+    neighbouring channels of their keys are turned as they are read (relative positions in time);
+    None where keys lie as they are attended. fresh: frames that are attended in the place of what
+    their slots hold. implementation: a name in `BACKENDS`; None picks the best that supports the
+    call.
 
     Slots that nobody sees may hold anything finite. Queries that see no slot come out as zeros.
     It has a gradient by `xla` and `reference`; the others are for inference.

@@ -50,13 +50,6 @@ class Call:
         return self.q.shape[1] // self.frames
 
     @property
-    def phases(self) -> Float[Array, "b slots s p"] | None:
-        """`read`, slot by slot."""
-        if self.read is None:
-            return None
-        return self.read.reshape(self.rows, self.slots, self.tokens, -1)
-
-    @property
     def eight(self) -> bool:
         """Whether scores are products of eight-bit numbers."""
         return isinstance(self.k, kept.Scaled) and self.k.multiplied
@@ -77,13 +70,14 @@ class Call:
         return dataclasses.replace(self, q=through(self.q), k=like, fresh=fresh)
 
     def windows(self, dtype) -> tuple[Array, Array]:
-        """Keys, not turned, and values of the whole layer [b slots s a d], fresh ones in place."""
+        """Keys and values of the whole layer [b slots s a d] as they are attended."""
         fresh = (self.fresh.k, self.fresh.v) if self.fresh else (None, None)
         slots = self.fresh.slots if self.fresh else None
-        return tuple(
+        k, v = (
             kept.window(x, self.heads, dtype, self.layer, new, slots)
             for x, new in zip((self.k, self.v), fresh, strict=True)
         )
+        return kept.turned(k, self.read), v
 
     def check(self) -> Call:
         """Itself. Raises ValueError where shapes do not fit each other."""
@@ -102,9 +96,9 @@ class Call:
             raise ValueError("keys alone are multiplied as they are kept, not values")
         if self.eight and self.read is not None:
             raise ValueError("keys that are turned as they are read are not multiplied as kept")
-        turned = (self.rows, self.slots * self.tokens, self.width // 2)
-        if self.read is not None and self.read.shape != turned:
-            raise ValueError(f"phases {self.read.shape} do not turn keys of {turned}")
+        turned = () if self.read is None else self.read.shape
+        if turned and (turned[:2] != one[:2] or 2 * turned[2] > self.width):
+            raise ValueError(f"phases {turned} do not turn keys of {one}")
         if self.fresh is not None:
             new = (self.rows, self.fresh.slots.shape[1], *one[2:])
             found = (self.fresh.k.shape, self.fresh.v.shape)

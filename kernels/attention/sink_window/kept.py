@@ -128,12 +128,16 @@ def divided(
 
 
 def turned(
-    x: Float[Array, "b *t a d"], phases: Float[Array, "b *t p"] | None
-) -> Float[Array, "b *t a d"]:
-    """Each pair of neighbouring channels (2i, 2i + 1) turned by its phase, in float32."""
+    x: Float[Array, "b c s a d"], phases: Float[Array, "b c p"] | None
+) -> Float[Array, "b c s a d"]:
+    """The first p pairs of neighbouring channels (2i, 2i + 1), each turned by the phase of its
+    slot, in float32.
+    """
     if phases is None:
         return x
-    cos, sin = jnp.cos(phases)[..., None, :], jnp.sin(phases)[..., None, :]
-    even, odd = (x[..., i::2].astype(jnp.float32) for i in range(2))
+    cos, sin = (wave(phases)[:, :, None, None] for wave in (jnp.cos, jnp.sin))  # b c 1 1 p
+    count = 2 * phases.shape[-1]
+    even, odd = (x[..., i:count:2].astype(jnp.float32) for i in range(2))
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return pairs.reshape(x.shape).astype(x.dtype)
+    pairs = pairs.reshape(*x.shape[:-1], count).astype(x.dtype)
+    return jnp.concatenate([pairs, x[..., count:]], -1)

@@ -2,7 +2,8 @@
 
 Keys and values are read where they lie, out of all layers, by the list of the slots that a query
 frame sees. What has fewer bits is unpacked between the copy and the product; only its scales, which
-lie apart, are put in order beforehand.
+lie apart, are put in order beforehand. Where keys are turned as they are read, queries are instead;
+see mosaic_turn.py.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from longlive_kernels.attention.sink_window import kept
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.kept import Kept, Scaled
 from longlive_kernels.attention.sink_window.visits import visits
-from longlive_kernels.attention.tile import UNITS, unsuited
+from longlive_kernels.attention.tile import ROWS, UNITS, unsuited
 from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES
 
 WIDTH = 128  # of a head
+HALF = WIDTH // 2
 DEPTH = 64  # keys that weights and values are multiplied over at a time
 EIGHT = 8  # rows that lie together in shared memory
 KINDS = ("bfloat16", "int8", "float8_e4m3fn", "nvfp4")
@@ -49,25 +51,28 @@ BLOCKS = {
     ("tcgen05", False): Blocks((24, 232)),
     ("tcgen05", True): Blocks((104, 192)),
 }
+# Where those that have the softmax turn queries, too.
+TURNING = BLOCKS | {("tcgen05", True): Blocks((88, 200))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a kernel is compiled for. units: of `UNITS`. kind: how slots are kept. eight: keys are
-    multiplied as they are kept. tokens: of a latent frame. lists: the length of the list of each
-    source, the table and the fresh frames.
+    multiplied as they are kept. turned: queries are, for each slot. tokens: of a latent frame.
+    lists: the length of the list of each source, the table and the fresh frames.
     """
 
     units: str
     kind: str
     eight: bool
+    turned: bool
     tokens: int
     heads: int
     lists: tuple[int, ...]
 
     @property
     def blocks(self) -> Blocks:
-        return BLOCKS[self.units, self.kind != "bfloat16"]
+        return (TURNING if self.turned else BLOCKS)[self.units, self.kind != "bfloat16"]
 
     @property
     def unpacked(self) -> str:
@@ -80,6 +85,11 @@ class Plan:
     def multiplies(self) -> Any:
         """The type of keys in shared memory, and of what they are multiplied with."""
         return jnp.dtype(self.kind if self.eight else jnp.bfloat16)
+
+    @property
+    def halves(self) -> bool:
+        """Whether even channels come first, then odd ones, and not one beside the other."""
+        return self.kind == "nvfp4"
 
     @property
     def scales(self) -> int:
@@ -116,8 +126,8 @@ def unsupported(call: Call, *, sm: int | None = None) -> str | None:
         return f"needs latent frames of a multiple of {EIGHT} tokens, not {call.tokens}"
     if call.eight and _units(sm) != "wgmma":
         return "multiplies keys in eight bits on sm_90 alone"
-    if call.read is not None:
-        return "does not turn keys as it reads them (relative positions), as xla does"
+    if call.read is not None and 2 * call.read.shape[2] > HALF:
+        return f"turns keys by {HALF // 2} phases of a slot at most, not {call.read.shape[2]}"
     return None
 
 
@@ -128,7 +138,8 @@ def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
     stored, own = (call.visible, None) if fresh is None else kept.divided(call.visible, fresh)
     seen = [stored] if own is None else [stored, own]
     lengths = tuple(mask.shape[2] for mask in seen)
-    plan = Plan(units, kind, call.eight, call.tokens, call.heads, lengths)
+    turned = call.read is not None
+    plan = Plan(units, kind, call.eight, turned, call.tokens, call.heads, lengths)
 
     def beside(x: Float[Array, "*n d"]) -> Kept:
         """Queries and fresh keys as they are multiplied."""
@@ -139,7 +150,9 @@ def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
     if fresh is not None:
         k, v = (x.astype(call.q.dtype) for x in (fresh.k, fresh.v))
         sources.append(tuple(operands(x, None, plan) for x in (beside(k), ordered(v, kind))))
-    out = _kernel(units)(operands(beside(q), None, plan), lists(call, seen), sources, plan)
+    asked = operands(beside(q), None, plan)
+    turning = (pairs(asked[0], plan), turns(call, plan)) if turned else None
+    out = _kernel(units)(asked, lists(call, seen), sources, plan, turning)
     return merged(out.reshape(call.q.shape), kind)
 
 
@@ -198,6 +211,32 @@ def scales(x: Scaled | NVFP4, layer: Array | None, plan: Plan) -> Float32[Array,
     each = each.reshape(-1, plan.tokens, plan.heads, plan.scales)
     filled = ((0, 0), (0, 0), (0, 0), (0, plan.parts * plan.blocks.keys - plan.tokens))
     return jnp.pad(rearrange(each, "m s a e -> m a e s"), filled)
+
+
+def pairs(q: Float[Array, "bf s ad"], plan: Plan) -> Float[Array, "bf rows ad"]:
+    """Of each head the channels that are turned and, in the order of these, what they are turned
+    towards: the others of their pairs, once with another sign. Of halves that is what they are.
+    """
+    if plan.units == "tcgen05":  # which does not ask where a frame ends
+        q = jnp.pad(q, ((0, 0), (0, -q.shape[1] % (2 * ROWS)), (0, 0)))
+    if plan.halves:
+        return q
+    q = rearrange(q, "m s (a d two) -> m s a d two", a=plan.heads, two=2)[..., : HALF // 2, :]
+    even, odd = q[..., 0], q[..., 1]
+    both = jnp.stack([jnp.stack([even, odd], -1), jnp.stack([odd, -even], -1)], 3)
+    return both.reshape(*q.shape[:2], -1)  # m s (a 2 d two)
+
+
+def turns(call: Call, plan: Plan) -> Float32[Array, "m 2 c"]:
+    """Cosine and sine of each slot for those channels: of the table's, then of the fresh ones."""
+    phases = [call.read]
+    if call.fresh is not None:
+        inside = jnp.minimum(call.fresh.slots, call.slots - 1)
+        phases.append(jnp.take_along_axis(call.read, inside[..., None], 1))
+    angle = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in phases]).astype(jnp.float32)
+    angle = angle if plan.halves else jnp.repeat(angle, 2, 1)
+    angle = jnp.pad(angle, ((0, 0), (0, HALF - angle.shape[1])))
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1)
 
 
 def ordered(x: Float[Array, "*n d"], kind: str) -> Float[Array, "*n d"]:

@@ -29,8 +29,9 @@ Sources = list[tuple[Parts, Parts]]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A block's query frame of all rows, head, and tile of queries. rows: of a warpgroup. given:
-    queries, lists, and of each source its keys and values. out: the result.
+    """A block's query frame of all rows, head, and tile of queries. rows: of a warpgroup. asked:
+    queries. sources: keys and values of each. turning: what `mosaic.pairs` and `turns` return, if
+    queries are turned. out: the result.
     """
 
     frame: Scalar
@@ -38,14 +39,27 @@ class Work:
     tile: Scalar
     rows: int
     plan: Plan
-    given: tuple[Parts, Ref, Sources]
+    asked: Parts
+    lists: Ref
+    sources: Sources
+    turning: Parts | None
     out: Ref
 
     @property
     def slots(self) -> Scalar:
         """How many the queries see, of all sources."""
-        lists = self.given[1]
-        return sum(lists[self.frame, 1 + n] for n in range(len(self.plan.lists)))
+        return sum(self.lists[self.frame, 1 + n] for n in range(len(self.plan.lists)))
+
+    def turn(self, number: Scalar) -> Ref:
+        """Cosine and sine of the slot that the queries see as that number, of all sources."""
+        turns, lengths = self.turning[1], self.plan.lists
+        column, row = 1 + len(lengths) + number, jnp.int32(0)
+        if len(lengths) > 1:
+            stored = self.lists[self.frame, 1]
+            fresh = number >= stored
+            column = jnp.where(fresh, column + lengths[0] - stored, column)
+            row = jnp.where(fresh, jnp.int32(turns.shape[0] // sum(lengths) * lengths[0]), row)
+        return turns.at[row + self.lists[self.frame, column]]
 
     def holds(self, group: Scalar | int) -> Bool[Array, ""]:
         """Whether a warpgroup has queries."""
@@ -63,11 +77,14 @@ class Work:
         """Of those queries."""
         return x.at[self.frame, self.head, :, pl.ds(self.first(group), self.rows)]
 
-    def load(self, tiles: tuple[Ref, ...], loaded: Ref, group: int):
-        """The queries of a warpgroup, and their scales if there are any."""
-        ways = (self.queries, self.scales)[: len(tiles)]
-        for source, of, tile in zip(self.given[0], ways, tiles, strict=True):
-            plgpu.copy_gmem_to_smem(of(source, group), tile.at[group], loaded)
+    def load(self, tiles: list[Ref], loaded: Ref, group: int):
+        """The queries of a warpgroup, their scales if there are any, or `mosaic.pairs` of them."""
+        parts = [self.queries(self.asked[0], group)]
+        parts += [self.scales(x, group) for x in self.asked[1:]]
+        if len(tiles) > len(parts):
+            parts.append(self.queries(self.turning[0], group))
+        for source, tile in zip(parts, tiles, strict=True):
+            plgpu.copy_gmem_to_smem(source, tile.at[group], loaded)
 
     def store(self, tile: Ref, group: Scalar):
         plgpu.copy_smem_to_gmem(tile, self.queries(self.out, group))
@@ -86,16 +103,23 @@ class Kernel:
     warpgroups: int
 
     def __call__(
-        self, q: Parts, lists: Int32[Array, "bf columns"], sources: Sources, plan: Plan
+        self,
+        q: Parts,
+        lists: Int32[Array, "bf columns"],
+        sources: Sources,
+        plan: Plan,
+        turning: Parts | None,
     ) -> BFloat16[Array, "bf s ad"]:
-        """q: bf s ad. sources: keys and values of the table, and of fresh frames."""
+        """q: bf s ad. sources: keys and values of the table, and of fresh frames. turning: see
+        `Work`.
+        """
         tiles = pl.cdiv(plan.tokens, GROUPS * self.rows)
-        given, tree = jax.tree.flatten((q, lists, sources))
+        given, tree = jax.tree.flatten((q, lists, sources, turning))
 
         def block(*refs, **scratch):
             *refs, out = refs
             place = _place(q[0].shape[0], tiles)
-            work = Work(*place, self.rows, plan, tree.unflatten(refs), out)
+            work = Work(*place, self.rows, plan, *tree.unflatten(refs), out)
             self.body(types.SimpleNamespace(**scratch), work)
 
         return plgpu.kernel(
@@ -112,10 +136,15 @@ class Kernel:
         )(*given)
 
 
-def over(slots: Scalar, step: Callable, state: Any, plan: Plan) -> Any:
-    """step(at, state, keys=…) for every tile of so many slots; keys: of it, that are there."""
+def over(
+    slots: Scalar, step: Callable, state: Any, plan: Plan, enter: Callable[[Scalar], None]
+) -> Any:
+    """enter(number) for each of so many slots, and step(at, state, keys=…) for every tile of it;
+    keys: of the tile, that are there.
+    """
 
     def slot(number, state):
+        enter(number)
         first, whole = number * plan.parts, plan.tokens // plan.blocks.keys
         each = functools.partial(step, keys=plan.blocks.keys)
         state = lax.fori_loop(first, first + whole, each, state)

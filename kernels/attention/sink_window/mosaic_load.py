@@ -14,13 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 from longlive_kernels.attention import mosaic_block as block
-from longlive_kernels.attention.sink_window.mosaic import WIDTH, Plan
+from longlive_kernels.attention.sink_window.mosaic import HALF, WIDTH, Plan
 from longlive_kernels.attention.sink_window.mosaic_kernel import Work
 from longlive_kernels.attention.tile import ROWS
 from longlive_kernels.nvfp4.matmul.mixed import doubled
 
 Ref = Any  # of Mosaic, to arrays or parts of them
-HALF = WIDTH // 2  # channels that are unpacked at a time
 Load = Callable[[Array, Array], None]  # of which tile, to which stage
 MAGIC = 0x4B000000  # the bits of 2^23: a byte in the lowest of them is added to it
 
@@ -40,7 +39,7 @@ def scratch(plan: Plan) -> dict:
 
 def stream(own, work: Work):
     """All tiles that the block's lists name, each where one was that is done with."""
-    (_, lists, sources), plan = work.given, work.plan
+    lists, plan = work.lists, work.plan
     stages, done = jnp.int32(plan.blocks.stages), jnp.int32(0)
     column = 1 + len(plan.lists)
     for number, length in enumerate(plan.lists):
@@ -48,7 +47,7 @@ def stream(own, work: Work):
         base = lists[work.frame, 0] if number == 0 else jnp.int32(0)
         place = Place(work, lists, column, base, total, plan)
         loads = {}
-        for name, refs in zip("kv", sources[number], strict=True):
+        for name, refs in zip("kv", work.sources[number], strict=True):
             unpacks = number == 0 and name in plan.unpacked
             loads[name] = (_unpacked if unpacks else _copied)(own, name, refs, place)
 
@@ -133,7 +132,9 @@ def _unpacked(own, name: str, refs: tuple[Ref, ...], place: Place) -> Load:
 
 
 def unpack(raw: Ref, scales: Ref, tile: Ref, plan: Plan):
-    """A tile as bfloat16: number times scale, in float32. Of NVFP4 the even channels come first."""
+    """A tile as bfloat16: number times scale, in float32, half of the channels at a time. Of NVFP4
+    the even ones come first.
+    """
     for first in range(0, plan.blocks.keys, ROWS):
         rows = pl.ds(first, ROWS)
         factors = [block.per_row(scales.at[i, rows]) for i in range(scales.shape[0])]

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention import mosaic_tcgen05 as tcgen05
 from longlive_kernels.attention.sink_window import mosaic_load as load
+from longlive_kernels.attention.sink_window import mosaic_turn
 from longlive_kernels.attention.sink_window.mosaic import WIDTH, Plan
 from longlive_kernels.attention.sink_window.mosaic_kernel import Kernel, Scalar, Work, over
 from longlive_kernels.attention.tile import GROUPS
@@ -24,7 +25,10 @@ SCALE = block.LOG2E / math.sqrt(WIDTH)
 
 
 def _scratch(plan: Plan) -> dict:
-    return tcgen05.scratch(plan.blocks.keys, WIDTH, plan.blocks.stages) | load.scratch(plan)
+    made = tcgen05.scratch(plan.blocks.keys, WIDTH, plan.blocks.stages) | load.scratch(plan)
+    if plan.turned:
+        made["turned"] = plgpu.Barrier(num_barriers=GROUPS)
+    return made
 
 
 def _body(own, work: Work):
@@ -35,7 +39,7 @@ def _body(own, work: Work):
     def _():
         plgpu.set_max_registers(loads, action="decrease")
         for each in range(GROUPS):
-            copy = functools.partial(work.load, (own.q_tile,), own.q_loaded.at[each], each)
+            copy = functools.partial(work.load, [own.q_tile], own.q_loaded.at[each], each)
             pl.when(work.holds(each))(copy)
         load.stream(own, work)
 
@@ -43,7 +47,13 @@ def _body(own, work: Work):
     def _():
         plgpu.set_max_registers(tcgen05.ASKING, action="decrease")
         here = [work.holds(each) for each in range(GROUPS)]
-        tcgen05.multiply(own, work.slots * plan.parts, here, _sized(plan))
+
+        def ready(at, group):
+            first = lax.rem(at, jnp.int32(plan.parts)) == 0
+            pl.when(first)(lambda: plgpu.barrier_wait(own.turned.at[group]))
+
+        turned = ready if plan.turned else None
+        tcgen05.multiply(own, work.slots * plan.parts, here, _sized(plan), turned)
 
     @pl.when((group < GROUPS) & work.holds(group))
     def _():
@@ -51,12 +61,22 @@ def _body(own, work: Work):
         # Asked anew: what all warpgroups keep is what ptxas spills.
         group = lax.axis_index("group")
 
+        def enter(number):
+            """The scores of the slot before are there: its queries have been multiplied."""
+            if plan.turned:
+                # There is no room for the pairs in shared memory.
+                tile, pairs = own.q_tile.at[group], work.queries(work.turning[0], group)
+                mosaic_turn.turn(tile, pairs, work.turn(number), plan, plgpu.Layout.TCGEN05)
+                plgpu.barrier_arrive(own.turned.at[group])
+
         def step(at, state, *, keys: int):
             multiplied = plan.multiplied(keys)
             count = jnp.int32(keys) if keys < multiplied else None
             return tcgen05.weigh(own, group, state, SCALE, multiplied, count)
 
-        _, total = over(work.slots, step, tcgen05.begun(own, group), plan)
+        if plan.turned:
+            plgpu.barrier_wait(own.q_loaded.at[group])
+        _, total = over(work.slots, step, tcgen05.begun(own, group), plan, enter)
         tcgen05.finish(own, group, total)
         work.store(own.q_tile.at[group], group)
 

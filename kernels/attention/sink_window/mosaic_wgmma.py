@@ -17,8 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.sink_window import mosaic_load as load
+from longlive_kernels.attention.sink_window import mosaic_turn
 from longlive_kernels.attention.sink_window.mosaic import WIDTH, Plan
-from longlive_kernels.attention.sink_window.mosaic_kernel import Kernel, Scalar, Work, over
+from longlive_kernels.attention.sink_window.mosaic_kernel import Kernel, Work, over
 from longlive_kernels.attention.tile import GROUPS, ROWS
 
 NEVER = -1e30  # below every score, and finite
@@ -29,7 +30,7 @@ def _scratch(plan: Plan) -> dict:
     stages, eight, kind = plan.blocks.stages, plan.eight, plan.multiplies
     made = dict(
         q_tile=block.swizzled(GROUPS, ROWS, WIDTH, dtype=kind),
-        q_loaded=plgpu.Barrier(num_arrivals=(1 + eight) * GROUPS),
+        q_loaded=plgpu.Barrier(num_arrivals=(1 + eight + plan.turned) * GROUPS),
         turns=plgpu.Barrier(num_arrivals=GROUPS),
         k_tile=block.swizzled(stages, plan.blocks.keys, WIDTH, dtype=kind),
         v_tile=block.swizzled(stages, plan.blocks.keys, WIDTH),
@@ -37,6 +38,8 @@ def _scratch(plan: Plan) -> dict:
         **block.barriers("v", stages),
         **load.scratch(plan),
     )
+    if plan.turned:
+        made["q_pairs"] = block.swizzled(GROUPS, ROWS, WIDTH)
     if eight:  # queries have no room for the result
         made["q_scales"] = plgpu.SMEM((GROUPS, 1, ROWS), jnp.float32)
         made["out_tile"] = block.swizzled(GROUPS, ROWS, WIDTH)
@@ -49,7 +52,8 @@ def _body(own, work: Work):
     @pl.when(group == GROUPS)
     def _():
         plgpu.set_max_registers(plan.blocks.registers[0], action="decrease")
-        tiles = (own.q_tile, own.q_scales) if plan.eight else (own.q_tile,)
+        tiles = [own.q_tile]
+        tiles += [own.q_scales] if plan.eight else [own.q_pairs] if plan.turned else []
         for each in range(GROUPS):
             work.load(tiles, own.q_loaded, each)
         load.stream(own, work)
@@ -59,13 +63,14 @@ def _body(own, work: Work):
         plgpu.set_max_registers(plan.blocks.registers[1], action="increase")
         plgpu.barrier_wait(own.q_loaded)
         out = (own.out_tile if plan.eight else own.q_tile).at[group]
-        out[...] = _attend(own, group, work.slots, plan).astype(jnp.bfloat16)
+        out[...] = _attend(own, group, work).astype(jnp.bfloat16)
         plgpu.commit_smem()
         work.store(out, group)
 
 
-def _attend(own, group: Array, slots: Scalar, plan: Plan):
-    """The output of a warpgroup's queries over so many slots, [ROWS WIDTH]."""
+def _attend(own, group: Array, work: Work):
+    """The output of a warpgroup's queries, [ROWS WIDTH]."""
+    plan = work.plan
     scale = block.LOG2E / math.sqrt(WIDTH)
     if plan.eight:
         # Never zero: of keys that are not there scores are -inf.
@@ -75,6 +80,12 @@ def _attend(own, group: Array, slots: Scalar, plan: Plan):
     def turn():
         plgpu.barrier_arrive(own.turns)
         plgpu.barrier_wait(own.turns)
+
+    def enter(number):
+        if plan.turned:
+            plgpu.commit_smem()  # all of the warpgroup have done with the slot before
+            tile, pairs = own.q_tile.at[group], own.q_pairs.at[group]
+            mosaic_turn.turn(tile, pairs, work.turn(number), plan, block.LAYOUT)
 
     def products(tile, total):
         plgpu.wgmma(total, own.q_tile.at[group], plgpu.transpose_ref(tile, (1, 0)))
@@ -114,7 +125,7 @@ def _attend(own, group: Array, slots: Scalar, plan: Plan):
 
     state = (block.zeros(ROWS, WIDTH), block.zeros(ROWS) + NEVER, block.zeros(ROWS))
     pl.when(group == 1)(turn)  # is half a step behind
-    out, _, total = over(slots, step, state, plan)
+    out, _, total = over(work.slots, step, state, plan, enter)
     pl.when(group == 0)(turn)
     return out * block.across(jnp.where(total > 0, 1.0 / total, 0.0), out.shape)
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from longlive_kernels.attention.sink_window.call import Call
-from longlive_kernels.attention.sink_window.kept import turned
 
 
 def unsupported(call: Call) -> str | None:
@@ -21,7 +20,6 @@ def attend(call: Call) -> Float[Array, "b n a d"]:
     dtype, call = call.q.dtype, call.rounded(jnp.float32)
     q = call.q.astype(jnp.float32)
     k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in call.windows(jnp.float32))
-    k = turned(k, call.read)
     mask = jnp.repeat(jnp.repeat(call.visible, call.tokens, 1), call.tokens, 2)[:, None]
     scores = jnp.einsum("bnad,bmad->banm", q, k) * jnp.float32(1 / math.sqrt(call.width))
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.float32(-1e30)), axis=-1)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
-from longlive_kernels.attention.sink_window import kept
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.visits import visits
 
@@ -26,7 +25,6 @@ def attend(call: Call, library: Library) -> Float[Array, "b n a d"]:
     """See `api.sink_window`. What all frames of a chunk see is known only as the program runs."""
     call = call.rounded(call.q.dtype)
     k, v = call.windows(call.q.dtype)
-    k = kept.turned(k, call.phases)
 
     def grouped(seen: Bool[Array, "b g slots"]) -> Float[Array, "b n a d"]:
         return _grouped(call.q, k, v, seen, library)

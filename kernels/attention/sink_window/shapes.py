@@ -14,7 +14,7 @@ KINDS = ("bfloat16", "int8", "fp8", "nvfp4")  # ways to keep a slot
 class Shape:
     """One call. visible: what a query frame (row) sees of the slots, for each row of the batch.
     own: the slots of the query frames, fresh where slots have fewer bits. relative: keys are turned
-    as they are read.
+    in time as they are read.
     """
 
     visible: tuple[tuple[tuple[bool, ...], ...], ...]  # b f slots
@@ -38,6 +38,12 @@ class Shape:
     def keys(self) -> tuple[int, int, int, int, int, int]:
         rows, _, slots = self.table.shape
         return (self.layers, rows, slots, self.tokens, self.heads, self.width)  # l b slots s a d
+
+    @property
+    def turned(self) -> int:
+        """Pairs of channels that turn with time; rows and columns have a third each of all."""
+        pairs = self.width // 2
+        return pairs - 2 * (pairs // 3)
 
     @property
     def pairs(self) -> int:

@@ -65,7 +65,6 @@ def attend(call: Call) -> Float[Array, "b n a d"]:
 def at_once(call: Call) -> Float[Array, "b n a d"]:
     """What is small is done soonest in one piece, empty slots included."""
     k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in call.windows(call.q.dtype))
-    k = kept.turned(k, call.read)
     # Batch axes in front are faster on CPUs.
     q, k, v = (rearrange(x, "b n a d -> b a n d") for x in (call.q, k, v))
     mask = jnp.repeat(jnp.repeat(call.visible, call.tokens, 1), call.tokens, 2)[:, None]
@@ -134,7 +133,7 @@ def _passes(call: Call) -> list[tuple[Read, Bool[Array, "b f m"]]]:
 
         return read
 
-    phases, fresh = call.phases, call.fresh
+    phases, fresh = call.read, call.fresh
     table = functools.partial(reader, call.k, call.v, call.layer)
     if fresh is None:
         return [(table(phases), call.visible)]
