@@ -25,6 +25,7 @@ from longlive_jax.session import Chunk, Made, Position, Receipt, Session, State
 from longlive_jax.vae import vae as coder
 
 FACTS, ARRAYS = "session.json", "arrays"
+KEYS = "turned in space"  # how keys are kept where positions are relative; once they were not
 
 
 def write(session: Session, folder: str | os.PathLike) -> None:
@@ -35,6 +36,7 @@ def write(session: Session, folder: str | os.PathLike) -> None:
         "model": dataclasses.asdict(session.model.origin),
         "dtype": str(session.home.read().text.k.dtype),
         "stream": dataclasses.asdict(session.model.config.stream),
+        "keys": KEYS,
         "fingerprint": session.model.fingerprint,
         "position": dataclasses.asdict(session.position),
         "solver": dataclasses.asdict(session.solver),
@@ -179,6 +181,11 @@ def restore(
         ahead = [Position(**_changes(at)) for at in facts["ahead"]]
         dtype, stream = jnp.dtype(facts["dtype"]), dict(facts["stream"])
         stream["recache"] = Recache(**stream["recache"])
+    if stream.get("rope") == "relative" and facts.get("keys") != KEYS:
+        raise InputError(
+            f"the session in {folder} is of a version that kept keys of relative positions another"
+            " way; play it again from its prompts"
+        )
     made_by = origin(folder)
     model = model or _loaded(load, made_by, dtype).streaming(**stream)
     if model.fingerprint != fingerprint:

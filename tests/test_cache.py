@@ -102,18 +102,18 @@ def play(name, case, cfg, stream, visible: Callable):
             v, cache = streams.call(*inputs)
             np.testing.assert_allclose(v, channel_last(flow), atol=ATOL, err_msg=f"call {number}")
             np.testing.assert_allclose(Flow(5.0).to_x0(v, x, t), channel_last(x0), atol=ATOL)
-    _check_block0(case, cache, dit.cfg if relative else None)
+    _check_block0(case, cache, dit if relative else None)
 
 
-def _check_block0(case, cache, in_space):
-    """The first block's keys and values of every frame that we hold. in_space: of which model keys
-    are to be turned so, that the reference keeps as they come.
+def _check_block0(case, cache, raw):
+    """The first block's keys and values of every frame that we hold. raw: the model, where
+    positions are relative: the reference keeps keys as they come.
     """
     frames = case["out/slot_frame"].reshape(-1, streams.TOKENS)[:, 0].tolist()
     for row in range(cache.frame.shape[0]):
         for name, ours in (("k", cache.k), ("v", cache.v)):
             theirs = case[f"out/{name}_block0"][row].reshape(len(frames), streams.TOKENS, 2, 32)
-            theirs = streams.in_space(in_space, theirs) if in_space and name == "k" else theirs
+            theirs = streams.in_space(raw.cfg, theirs) if raw and name == "k" else theirs
             for frame, value in streams.by_frame(cache, ours, row).items():
                 np.testing.assert_allclose(value[0], theirs[frames.index(frame)], atol=ATOL)
 

@@ -214,15 +214,15 @@ def kept(frames, size, sink):
     return [*range(min(sink, frames)), *range(max(sink, frames - size + sink), frames)]
 
 
-def close_by_frame(cache, ours, case, name, frames, part=np.s_[:], grid=streams.GRID, relative=()):
+def close_by_frame(cache, ours, case, name, frames, part=np.s_[:], grid=streams.GRID, raw=None):
     """Compares keys or values, layers b slots …; `frames` are those in the reference's cache.
 
     part: of the reference's array, where it is not layers b tokens a d. grid: latent rows and
-    columns. relative: the model, where positions are so: the reference keeps keys as they come.
+    columns. raw: the model, where positions are relative: the reference keeps keys as they come.
     """
     theirs, atol = read(case)[f"out/{name}"][part], tolerances(case)[f"out/{name}"]["atol"]
     theirs = theirs.reshape(*theirs.shape[:2], -1, math.prod(grid) // 4, *theirs.shape[-2:])
-    theirs = streams.in_space(relative.cfg, theirs, grid) if relative else theirs
+    theirs = streams.in_space(raw.cfg, theirs, grid) if raw else theirs
     for row in range(theirs.shape[1]):
         for frame, value in streams.by_frame(cache, ours, row).items():
             expected = theirs[:, row, frames.index(frame)]
@@ -248,8 +248,8 @@ def test_cached_calls(case, prefix):
     close(np.asarray(text.k)[:, :rows, 0], case, f"{prefix}crossattn_k_final")
     cache = calls[-1][-1]
     held = kept(read(case)[f"in/{prefix}start_frame"][-1] + CHUNK, size, sink)
-    relative = dict(relative=model(B)) if case == E else {}
-    close_by_frame(cache, cache.k, case, f"{prefix}cache_k_final", held, **relative)
+    raw = model(B) if case == E else None
+    close_by_frame(cache, cache.k, case, f"{prefix}cache_k_final", held, raw=raw)
     close_by_frame(cache, cache.v, case, f"{prefix}cache_v_final", held)
 
 
@@ -353,7 +353,7 @@ def test_E_kv_cache_infinity_recache(kind):
     cache = streams.recache(dit, video, text, jnp.ones(2, bool), **choices).cache
     order = [*range(18, 24)] if kind == "rewrite" else [0, 1, 2, 21, 22, 23]
     assert streams.attended(cache) == [order] * 2
-    close_by_frame(cache, cache.k, E, f"recache_{kind}_cache_k", order, relative=dit)
+    close_by_frame(cache, cache.k, E, f"recache_{kind}_cache_k", order, raw=dit)
 
 
 # Whole videos: C, and D with prompts that change.
@@ -386,8 +386,8 @@ def test_latents(prefix):
         latents.append(np.moveaxis(np.asarray(out[:rows]), -1, -3))
     close(np.concatenate(latents, 1), C, f"{prefix}latents")
     held = kept(frames, STREAM.window, STREAM.sink)
-    relative = dict(relative=dit) if prefix == "inf_" else {}
-    close_by_frame(video.cache, video.cache.k, C, f"{prefix}cache_k_final", held, **relative)
+    raw = dit if prefix == "inf_" else None
+    close_by_frame(video.cache, video.cache.k, C, f"{prefix}cache_k_final", held, raw=raw)
 
 
 def switched(switches, rope="absolute", before=lambda video: video):
@@ -434,8 +434,8 @@ def test_switches(case):
     latents, cache = switched(switches, rope)
     close(latents, case, "latents")
     assert streams.attended(cache) == [sinks + NEWEST]
-    given = dict(grid=GRID, relative=model(C)) if rope == "relative" else dict(grid=GRID)
-    close_by_frame(cache, cache.k, case, "cache_k_final", sinks + NEWEST, **given)
+    raw = model(C) if rope == "relative" else None
+    close_by_frame(cache, cache.k, case, "cache_k_final", sinks + NEWEST, grid=GRID, raw=raw)
 
 
 def differs(latents, case) -> list[int]:

@@ -178,6 +178,12 @@ def test_the_model_is_loaded_as_it_was(tiny, tmp_path):
     assert restored.model.fingerprint == model.fingerprint != tiny.fingerprint
     assert_same(restored, session)
     assert restored.seed == 3
+    path = tmp_path / "session" / "session.json"
+    facts = json.loads(path.read_text())
+    del facts["keys"]  # as it was written when keys were kept another way
+    path.write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="kept keys of relative positions another way"):
+        longlive_jax.restore(tmp_path / "session")
 
 
 @pytest.fixture(scope="module")

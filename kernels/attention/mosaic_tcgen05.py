@@ -1,9 +1,10 @@
-"""What kernels for Blackwell (sm_100) share: the products of a block, and the softmax of a tile.
+"""What kernels for Blackwell (sm_100) share: how a block is divided, and of attention forwards its
+products, and the softmax of a tile.
 
-A block has two tiles of 128 queries. Of its four warpgroups one loads, one asks the tensor cores
-for products, and two have the softmax of a tile each: one tile is multiplied while the other has
-its softmax (arXiv 2407.08608, section 3.1). Scores and the sums of values lie in the memory of the
-tensor cores, which they fill, so that weights lie where their scores were. Mosaic takes long to
+A block of that has two tiles of 128 queries. Of its four warpgroups one loads, one asks the tensor
+cores for products, and two have the softmax of a tile each: one tile is multiplied while the other
+has its softmax (arXiv 2407.08608, section 3.1). Scores and the sums of values lie in the memory of
+the tensor cores, which they fill, so that weights lie where their scores were. Mosaic takes long to
 import, so that only calls import this.
 """
 
@@ -26,7 +27,7 @@ Ref = Any  # of Mosaic, to arrays or parts of them
 State = tuple[Float32[Array, " r"], Float32[Array, " r"]]
 Product = Callable[[int], None]
 
-ROWS = 128  # of queries, that a warpgroup has: as many as tensor cores have rows of memory
+ROWS = 128  # of a tile: as many as tensor cores have rows of memory
 LOADS, ASKS = GROUPS, GROUPS + 1  # the warpgroup that does so
 WARPGROUPS = GROUPS + 2
 ASKING = 24  # registers of a thread that asks for products
@@ -130,7 +131,7 @@ def weigh(
     top, total = state
     shape, starts = (ROWS, PART), range(0, keys, PART)
     plgpu.barrier_wait(own.scored.at[group])
-    parts = [_load(_scores(own, group, start, PART)) for start in starts]
+    parts = [load(_scores(own, group, start, PART)) for start in starts]
     plgpu.wait_load_tmem()  # weights come where they were
     if count is not None:
         cut = zip(parts, starts, strict=True)
@@ -161,14 +162,14 @@ def finish(own: Any, group: Scalar, total: Float32[Array, " r"]):
 
 def _scale(own: Any, group: Scalar, factor: Float32[Array, " r"]):
     parts = [_sums(own, group, start, PART) for start in range(0, own.q_tile.shape[2], PART)]
-    scaled = [_load(x) * block.across(factor, (ROWS, PART)) for x in parts]
+    scaled = [load(x) * block.across(factor, (ROWS, PART)) for x in parts]
     plgpu.wait_load_tmem()
     for x, value in zip(parts, scaled, strict=True):
         plgpu.async_store_tmem(x, value)
     plgpu.commit_tmem()
 
 
-def _load(x: Ref) -> Float32[Array, "r c"]:
+def load(x: Ref) -> Float32[Array, "r c"]:
     return plgpu.async_load_tmem(x, layout=LAYOUT)
 
 

@@ -39,8 +39,8 @@ class Table:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache(Table):
-    """Keys and values of every layer, slot by slot. Keys are stored rotated, where positions are
-    relative in space alone.
+    """Keys and values of every layer, slot by slot. Keys are stored rotated; where positions are
+    relative, in space alone.
     """
 
     k: Any  # layers b slots s a d, kept in any way of `storage`

@@ -66,7 +66,7 @@ def test_training_attention_compiles(gpu, name, ranks):
     instructions, most = COMPILED[gpu]
     assert max(map(int, re.findall(r"Used (\d+) registers", text))) <= most
     assert "wgmma.mma_async instructions are serialized" not in text
-    assert all(instruction in text for instruction in instructions)
+    assert all(text.count(instruction) >= len(KERNELS) for instruction in instructions)
     memory = [int(size) for size in LAUNCH.findall(text)]
     assert len(memory) == len(KERNELS) and max(memory) <= 227 * 1024
     # Beside results, two numbers of every query, and some in places that are left empty.

@@ -81,7 +81,7 @@ def test_mosaic_compiles(gpu, name, kind):
     shape = shapes.SHAPES[name]
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
     some = gpu == "b200" and shape.relative and kind != "bfloat16"
-    assert spills and max(map(int, spills)) <= (16 if some else 0)
+    assert len(spills) >= 2 and max(map(int, spills)) <= (12 if some else 0)
     (registers,) = re.findall(r"Used (\d+) registers", text)
     assert int(registers) <= 2**16 // threads // 8 * 8
     if gpu == "b200":

@@ -35,7 +35,8 @@ class Blocks:
 
 FORWARD = Blocks(tile=128, stages=2, registers=(40, 232))
 BLACKWELL = Blocks(tile=128, stages=2, registers=(24, 232))
-GRADIENT = Blocks(tile=64, stages=4, registers=(24, 232))  # of Blackwell
+# Of Blackwell. Stages are shared out to the warpgroups that make weights: as many for each.
+GRADIENT = Blocks(tile=64, stages=4, registers=(24, 232))
 QUERIES = Blocks(tile=128, stages=2, registers=(24, 240))
 KEYS = Blocks(tile=64, stages=4, registers=(24, 240))
 
@@ -63,7 +64,7 @@ def unsupported(q: Array, k: Array, v: Array, table: Table, *, sm: int | None = 
 def forward(q: Heads, k: Keys, v: Keys, table: Table, *, units: str) -> tuple[Heads, Sums]:
     """The output, and of every query in its place (`mosaic_lists.places`) the logarithm to the base
     of 2 of its sum of exponentials. That is inf where there is no query, and where a query sees no
-    key: weights that are made again from it are zero.
+    key: weights that are made again from it are zero. units: of `UNITS`.
     """
     if units == "wgmma":
         from longlive_kernels.attention.chunk_table.mosaic_forward import attended
@@ -84,30 +85,31 @@ def forward(q: Heads, k: Keys, v: Keys, table: Table, *, units: str) -> tuple[He
 def backward(
     table: Table, saved: tuple[Heads, Keys, Keys, Heads, Sums], grad: Heads, *, units: str
 ) -> tuple[Heads, Keys, Keys]:
-    """Of q, k and v. Sums in float32."""
+    """Of q, k and v. Sums in float32. units: as `forward` takes it."""
     if units == "wgmma":
         from longlive_kernels.attention.chunk_table.mosaic_keys import of_keys
         from longlive_kernels.attention.chunk_table.mosaic_queries import of_queries
 
-        sizes = QUERIES.tile, KEYS.tile
+        listed_keys, listed_queries = QUERIES.tile, KEYS.tile
     else:
         from longlive_kernels.attention.chunk_table.mosaic_tcgen05_gradient import (
             of_keys,
             of_queries,
         )
 
-        sizes = GRADIENT.tile, GRADIENT.tile
+        listed_keys = listed_queries = GRADIENT.tile
     q, k, v, out, sums = saved
     tokens = _tokens(q, k, table)
     # What is subtracted from the gradient of a row's weights, for the softmax.
     mean = jnp.einsum("bnad,bnad->ban", grad, out, preferred_element_type=jnp.float32)
-    lists = mosaic_lists.over_keys(table, tokens, TILE, sizes[0])
+    lists = mosaic_lists.over_keys(table, tokens, TILE, listed_keys)
     if lists.ragged[0]:
         order = mosaic_lists.places(table, tokens[0])
         mean = jnp.take(mean, jnp.asarray(order), axis=2, mode="fill", fill_value=0)
     operands = (q, k, v, grad, sums, mean)
     dq = of_queries(*operands, lists)
-    dk, dv = of_keys(*operands, mosaic_lists.over_queries(table, tokens, sizes[1], TILE))
+    lists = mosaic_lists.over_queries(table, tokens, listed_queries, TILE)
+    dk, dv = of_keys(*operands, lists)
     return tuple(tiles.alike(dq, dk, dv, q)[:3])
 
 

@@ -1,4 +1,4 @@
-"""The kernel of `mosaic.forward`: an online softmax (arXiv 2205.14135, algorithm 1).
+"""Hopper's kernel of `mosaic.forward`: an online softmax (arXiv 2205.14135, algorithm 1).
 
 The two warpgroups that multiply take turns: one multiplies while the other has its softmax
 (arXiv 2407.08608, section 3.1).

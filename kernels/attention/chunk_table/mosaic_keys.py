@@ -1,4 +1,4 @@
-"""The kernel of the gradients of k and v; see `mosaic.backward`.
+"""Hopper's kernel of the gradients of k and v; see `mosaic.backward`.
 
 Scores are made transposed, keys in rows: so they are what tensor cores take from registers.
 """

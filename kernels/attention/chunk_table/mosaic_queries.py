@@ -1,4 +1,4 @@
-"""The kernel of the gradient of q; see `mosaic.backward`."""
+"""Hopper's kernel of the gradient of q; see `mosaic.backward`."""
 
 from __future__ import annotations
 

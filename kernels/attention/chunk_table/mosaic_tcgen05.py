@@ -1,4 +1,4 @@
-"""The kernel of `mosaic.forward_on_blackwell`: an online softmax (arXiv 2205.14135, algorithm 1).
+"""Blackwell's kernel of `mosaic.forward`: an online softmax (arXiv 2205.14135, algorithm 1).
 
 A block has 256 queries of one head; see attention/mosaic_tcgen05.py.
 """

@@ -211,7 +211,10 @@ def _weigh(own, group: Scalar, work: block.Work, columns: bool, listed: list | N
             plgpu.barrier_wait(own.score_loaded.at[stage])
             plgpu.barrier_wait(own.change_loaded.at[stage])
         plgpu.barrier_wait(own.scored.at[group])
-        parts = [[_load(_scores(own, group, i, start, PART)) for i in range(2)] for start in starts]
+        parts = [
+            [tcgen05.load(_scores(own, group, i, start, PART)) for i in range(2)]
+            for start in starts
+        ]
         plgpu.wait_load_tmem()  # weights come where they were
         for start, (scores, change) in zip(starts, parts, strict=True):
             if listed is not None:
@@ -241,10 +244,6 @@ def _store(own, each: int, out: Ref, work: block.Work, ragged: bool):
     plgpu.commit_smem()
     block.store(tile, out, work, ragged, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _load(x: Ref) -> Float32[Array, "r c"]:
-    return plgpu.async_load_tmem(x, layout=LAYOUT)
 
 
 def _scores(own, half: Scalar, i: int, start: int, size: int) -> Ref:

@@ -77,13 +77,18 @@ class Work:
         """Of those queries."""
         return x.at[self.frame, self.head, :, pl.ds(self.first(group), self.rows)]
 
-    def load(self, tiles: list[Ref], loaded: Ref, group: int):
-        """The queries of a warpgroup, their scales if there are any, or `mosaic.pairs` of them."""
-        parts = [self.queries(self.asked[0], group)]
-        parts += [self.scales(x, group) for x in self.asked[1:]]
-        if len(tiles) > len(parts):
-            parts.append(self.queries(self.turning[0], group))
-        for source, tile in zip(parts, tiles, strict=True):
+    def load(
+        self, loaded: Ref, group: int, q: Ref, scales: Ref | None = None, pairs: Ref | None = None
+    ):
+        """The queries of a warpgroup, and those of their scales and of `mosaic.pairs` that there is
+        room for.
+        """
+        wanted = [(self.queries(self.asked[0], group), q)]
+        if scales is not None:
+            wanted.append((self.scales(self.asked[1], group), scales))
+        if pairs is not None:
+            wanted.append((self.queries(self.turning[0], group), pairs))
+        for source, tile in wanted:
             plgpu.copy_gmem_to_smem(source, tile.at[group], loaded)
 
     def store(self, tile: Ref, group: Scalar):

@@ -39,7 +39,7 @@ def _body(own, work: Work):
     def _():
         plgpu.set_max_registers(loads, action="decrease")
         for each in range(GROUPS):
-            copy = functools.partial(work.load, [own.q_tile], own.q_loaded.at[each], each)
+            copy = functools.partial(work.load, own.q_loaded.at[each], each, own.q_tile)
             pl.when(work.holds(each))(copy)
         load.stream(own, work)
 
@@ -52,8 +52,8 @@ def _body(own, work: Work):
             first = lax.rem(at, jnp.int32(plan.parts)) == 0
             pl.when(first)(lambda: plgpu.barrier_wait(own.turned.at[group]))
 
-        turned = ready if plan.turned else None
-        tcgen05.multiply(own, work.slots * plan.parts, here, _sized(plan), turned)
+        wait = ready if plan.turned else None
+        tcgen05.multiply(own, work.slots * plan.parts, here, _sized(plan), wait)
 
     @pl.when((group < GROUPS) & work.holds(group))
     def _():

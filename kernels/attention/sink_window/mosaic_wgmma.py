@@ -52,10 +52,13 @@ def _body(own, work: Work):
     @pl.when(group == GROUPS)
     def _():
         plgpu.set_max_registers(plan.blocks.registers[0], action="decrease")
-        tiles = [own.q_tile]
-        tiles += [own.q_scales] if plan.eight else [own.q_pairs] if plan.turned else []
+        more = {}
+        if plan.eight:
+            more["scales"] = own.q_scales
+        if plan.turned:
+            more["pairs"] = own.q_pairs
         for each in range(GROUPS):
-            work.load(tiles, own.q_loaded, each)
+            work.load(own.q_loaded, each, own.q_tile, **more)
         load.stream(own, work)
 
     @pl.when(group < GROUPS)

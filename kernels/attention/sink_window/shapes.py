@@ -113,7 +113,7 @@ AWKWARD = {
     "rows_differ": _shape(scattered(2, 8, (0, 1), (3,), (), (0, 2, 4, 6)), range(2), TINY),
     "nobody_sees": _shape(scattered(2, 6, ()), range(2), TINY),
     "frames_differ": _shape(causal(5, 1) & (np.arange(5) > 1), range(5), TINY),
-    "relative": _shape(scattered(2, 8, (0, 3, 4), (1,)), range(3, 5), TINY, relative=True),
+    "relative": _shape(scattered(2, 8, (0, 3, 4), (1, 4), ()), range(3, 5), TINY, relative=True),
     "one_layer": _shape(filled(3, 6, 5), range(2, 5), TINY, layers=1),
 }
 
