@@ -390,7 +390,8 @@ def test_keys_are_turned_as_the_library_turns_them():
     phases = jnp.arange(36.0).reshape(2, 6, 3)
     each = jnp.repeat(jnp.pad(phases, ((0, 0), (0, 0), (0, 1))), 3, 1)
     expected = rope.rotate(x.reshape(2, 18, 2, 8), each).reshape(x.shape)
-    np.testing.assert_array_equal(kept.turned(x, phases), expected)
+    found = kept.turned(x, phases[:, :, None, None])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_shapes_are_those_of_the_library():

@@ -128,14 +128,14 @@ def divided(
 
 
 def turned(
-    x: Float[Array, "b c s a d"], phases: Float[Array, "b c p"] | None
-) -> Float[Array, "b c s a d"]:
-    """The first p pairs of neighbouring channels (2i, 2i + 1), each turned by the phase of its
-    slot, in float32.
+    x: Float[Array, "b *c d"], phases: Float[Array, "b *s p"] | None
+) -> Float[Array, "b *c d"]:
+    """The first p pairs of neighbouring channels (2i, 2i + 1), each turned by its phase, in
+    float32. phases: of as many axes, which spread over those of x.
     """
     if phases is None:
         return x
-    cos, sin = (wave(phases)[:, :, None, None] for wave in (jnp.cos, jnp.sin))  # b c 1 1 p
+    cos, sin = jnp.cos(phases), jnp.sin(phases)
     count = 2 * phases.shape[-1]
     even, odd = (x[..., i:count:2].astype(jnp.float32) for i in range(2))
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)

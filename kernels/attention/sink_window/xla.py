@@ -64,9 +64,12 @@ def attend(call: Call) -> Float[Array, "b n a d"]:
 
 def at_once(call: Call) -> Float[Array, "b n a d"]:
     """What is small is done soonest in one piece, empty slots included."""
-    k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in call.windows(call.q.dtype))
-    # Batch axes in front are faster on CPUs.
-    q, k, v = (rearrange(x, "b n a d -> b a n d") for x in (call.q, k, v))
+    k, v = dataclasses.replace(call, read=None).windows(call.q.dtype)
+    # Batch axes in front are faster on CPUs, also for turning.
+    q = rearrange(call.q, "b n a d -> b a n d")
+    k, v = (rearrange(x, "b c s a d -> b a c s d") for x in (k, v))
+    k = kept.turned(k, None if call.read is None else call.read[:, None, :, None])
+    k, v = (rearrange(x, "b a c s d -> b a (c s) d") for x in (k, v))
     mask = jnp.repeat(jnp.repeat(call.visible, call.tokens, 1), call.tokens, 2)[:, None]
     scores = product("band,bamd->banm", q, k) * np.float32(1 / math.sqrt(call.width))
     weights = jax.nn.softmax(jnp.where(mask, scores, NEVER), axis=-1).astype(v.dtype)
@@ -129,7 +132,7 @@ def _passes(call: Call) -> list[tuple[Read, Bool[Array, "b f m"]]]:
             pair = (kept.of_slots(x, layer, chosen) for x in (k, v))
             k_, v_ = (kept.plain(x, call.heads, call.q.dtype) for x in pair)
             turn = None if phases is None else kept.of_slots(phases, None, chosen)
-            return kept.turned(k_, turn), v_
+            return kept.turned(k_, None if turn is None else turn[:, :, None, None]), v_
 
         return read
 
