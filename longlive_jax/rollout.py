@@ -293,8 +293,8 @@ def check_attention(cfg: ModelConfig, dtype: Any) -> None:
     def attend() -> Array:
         cache = slots.empty(cfg.dit, stream, 1, tokens, dtype)
         angles = phases(cfg.dit, jnp.zeros((1, frames)), 1, tokens)
-        read = in_time(cfg.dit, jnp.zeros((1, stream.window)))
-        read = read if stream.rope == "relative" else None
+        positions = jnp.zeros((1, stream.window))
+        read = in_time(cfg.dit, positions) if stream.rope == "relative" else None
         own = jnp.zeros((1, frames), jnp.int32)
         visible = jnp.ones((1, frames, stream.window), bool)
         attn = Cached(angles, own, own, visible, read, backend=stream.attention)

@@ -120,7 +120,7 @@ def _tokens(q: Array, k: Array, table: Table) -> tuple[int, int]:
 
 _ATTEND = {
     units: vjp.differentiable(*(functools.partial(x, units=units) for x in (forward, backward)))
-    for units in ("wgmma", "tcgen05")
+    for units in set(UNITS.values())
 }
 
 

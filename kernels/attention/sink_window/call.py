@@ -77,7 +77,7 @@ class Call:
             kept.window(x, self.heads, dtype, self.layer, new, slots)
             for x, new in zip((self.k, self.v), fresh, strict=True)
         )
-        return kept.turned(k, None if self.read is None else self.read[:, :, None, None]), v
+        return k if self.read is None else kept.turned(k, self.read[:, :, None, None]), v
 
     def check(self) -> Call:
         """Itself. Raises ValueError where shapes do not fit each other."""

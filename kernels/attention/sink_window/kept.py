@@ -127,14 +127,10 @@ def divided(
     return visible & ~taken[:, None], seen
 
 
-def turned(
-    x: Float[Array, "b *c d"], phases: Float[Array, "b *s p"] | None
-) -> Float[Array, "b *c d"]:
+def turned(x: Float[Array, "b *c d"], phases: Float[Array, "b *s p"]) -> Float[Array, "b *c d"]:
     """The first p pairs of neighbouring channels (2i, 2i + 1), each turned by its phase, in
     float32. phases: of as many axes, which spread over those of x.
     """
-    if phases is None:
-        return x
     cos, sin = jnp.cos(phases), jnp.sin(phases)
     count = 2 * phases.shape[-1]
     even, odd = (x[..., i:count:2].astype(jnp.float32) for i in range(2))

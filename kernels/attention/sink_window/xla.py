@@ -68,7 +68,7 @@ def at_once(call: Call) -> Float[Array, "b n a d"]:
     # Batch axes in front are faster on CPUs, also for turning.
     q = rearrange(call.q, "b n a d -> b a n d")
     k, v = (rearrange(x, "b c s a d -> b a c s d") for x in (k, v))
-    k = kept.turned(k, None if call.read is None else call.read[:, None, :, None])
+    k = k if call.read is None else kept.turned(k, call.read[:, None, :, None])
     k, v = (rearrange(x, "b a c s d -> b a (c s) d") for x in (k, v))
     mask = jnp.repeat(jnp.repeat(call.visible, call.tokens, 1), call.tokens, 2)[:, None]
     scores = product("band,bamd->banm", q, k) * np.float32(1 / math.sqrt(call.width))
@@ -131,8 +131,9 @@ def _passes(call: Call) -> list[tuple[Read, Bool[Array, "b f m"]]]:
         def read(chosen: Int[Array, "b c"]) -> tuple[Array, Array]:
             pair = (kept.of_slots(x, layer, chosen) for x in (k, v))
             k_, v_ = (kept.plain(x, call.heads, call.q.dtype) for x in pair)
-            turn = None if phases is None else kept.of_slots(phases, None, chosen)
-            return kept.turned(k_, None if turn is None else turn[:, :, None, None]), v_
+            if phases is not None:
+                k_ = kept.turned(k_, kept.of_slots(phases, None, chosen)[:, :, None, None])
+            return k_, v_
 
         return read
 
