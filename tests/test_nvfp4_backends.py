@@ -4,6 +4,7 @@ The tests marked `aot` need Triton, which comes with the [aot] extra.
 """
 
 import contextlib
+import functools
 import itertools
 import pathlib
 import pickle
@@ -20,7 +21,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_kernels import arch
 from longlive_kernels.nvfp4 import NVFP4, RULES
-from longlive_kernels.nvfp4.format import BLOCK, VALUES, decode, unpack
+from longlive_kernels.nvfp4.format import BLOCK, VALUES, decode, unpack, unscaled
 from longlive_kernels.nvfp4.matmul import api as matmul_api
 from longlive_kernels.nvfp4.matmul import (
     cudnn,
@@ -30,7 +31,6 @@ from longlive_kernels.nvfp4.matmul import (
     mosaic,
     shapes,
     wgmma,
-    xla,
 )
 from longlive_kernels.nvfp4.matmul import triton as triton_matmul
 from longlive_kernels.nvfp4.quantize import api as quantize_api
@@ -116,10 +116,42 @@ def test_bfloat16_holds_a_value_times_its_scale():
     row = jnp.tile(codes[::2] | (codes[1::2] << jnp.uint8(4)), (127, 1))  # 127 8
     q = NVFP4(row, scales[:, None], jnp.float32(1), "mse")
     exact = VALUES.astype(np.float64) * np.asarray(scales, np.float64)[:, None]
-    np.testing.assert_array_equal(np.asarray(xla.unpacked(q), np.float64), exact)
+    held = unscaled(q.packed, q.scales).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(held, np.float64), exact)
 
 
-@pytest.mark.parametrize("name", ["odd_rows", "odd_columns", "long_sum", "stacked"])
+@pytest.mark.parametrize("name", ["odd_rows", "odd_columns", "stacked"])
+def test_xla_has_the_sums_of_bfloat16_on_cpus_too(name):
+    """There it multiplies float32, which is the same numbers."""
+    shape = shapes.SHAPES[name]
+    a, b = quantized(shape.a, 0), quantized(shape.b, 1)
+
+    @jax.jit
+    def expected(*operands):
+        held = [unscaled(q.packed, q.scales).astype(jnp.bfloat16) for q in operands]
+        sums = jnp.matmul(held[0], held[1].mT, preferred_element_type=jnp.float32)
+        for q in operands:
+            sums *= RULES[q.rule].unit(q.amax)[..., None, None]
+        return sums
+
+    found = jax.jit(functools.partial(matmul, dtype=jnp.float32, implementation="xla"))(a, b)
+    np.testing.assert_array_equal(found, expected(a, b))
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "f32"), ("cuda", "bf16"), ("tpu", "bf16")])
+def test_xla_multiplies_bfloat16_where_tensor_cores_are(platform, dtype):
+    """In the program that is lowered for them."""
+    a, b, x = blank((32, 64)), blank((48, 64)), normal((32, 64), dtype=jnp.bfloat16)
+    for product, left in ((matmul, a), (matmul_w4a16, x)):
+        call = jax.jit(functools.partial(product, implementation="xla"))
+        text = call.trace(left, b).lower(lowering_platforms=(platform,)).as_text()
+        (dot,) = [line for line in text.splitlines() if "dot_general" in line]
+        assert f"(tensor<32x64x{dtype}>" in dot
+
+
+@pytest.mark.parametrize(
+    "name", ["odd_rows", "odd_columns", "long_sum", "stacked", "tiny_square_wgrad"]
+)
 def test_xla_multiplies_what_the_reference_does(name):
     """In sums of another order, each rounded once; the reference rounds operands to float32 too,
     which is no more than that. W4A4 in float32 shows the sums themselves.
