@@ -47,7 +47,7 @@ def config_of(given: ConfigDict) -> DistillConfig:
             judge=DMDConfig(**judge),
             student=_party(fields.pop("student")),
             fake=_party(fields.pop("fake")),
-            precision=tuple((who, how) for who, how in fields.pop("precision").items() if how),
+            precision=tuple((who, how) for who, how in fields.pop("precision", {}).items() if how),
             sample_prompts=tuple(fields.pop("sample_prompts", ())),
             **fields,
         )

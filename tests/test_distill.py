@@ -65,7 +65,7 @@ def programs():
 @pytest.fixture
 def given(model, prompts):
     def make(clips=LONG, rank=2, **changes):
-        switch = (2, 5) if clips is LONG else None
+        switch = (3, 5, 2) if clips is LONG else None
         made = dict(
             model=str(model),
             prompts=PromptConfig(str(prompts), clips.length, 4, switch=switch, seed=1),
@@ -201,6 +201,23 @@ def test_bad_configs_are_refused(tmp_path, given, changes, message):
         Run(given(ONE, **changes), tmp_path)
 
 
+def test_a_switch_inside_a_clip_of_one_prompt_is_refused(tmp_path, given):
+    """Its chunks before the switch would be judged by a prompt that they were not made under."""
+    made = given(LONG)
+    inside = dataclasses.replace(made.prompts, switch=(3, 5, 1))
+    message = "a switch at chunk 4 is inside a clip, .* clips begin at chunks 3, 5, …"
+    with pytest.raises(InputError, match=message):
+        Run(dataclasses.replace(made, prompts=inside), tmp_path)
+    apart = dataclasses.replace(LONG, newest=False)  # each chunk by its own prompt
+    distill_run.check(dataclasses.replace(made, prompts=inside, clips=apart))
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 7), (3, 2, 2), (3, 0, 7), (3, 3, 7)])
+def test_clips_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(ValueError, match="next <"):
+        Clips(*sizes)
+
+
 def test_a_teacher_of_other_latents_is_refused(tmp_path, given):
     other = dataclasses.replace(SMALL, dit=dataclasses.replace(SMALL.dit, channels=8))
     other = dataclasses.replace(other, vae=dataclasses.replace(SMALL.vae, latent_channels=8))
@@ -225,9 +242,9 @@ def test_sequences_have_shots_or_a_switch(model, prompts):
     np.testing.assert_array_equal(shots.prompt, [[0, 0, 1, 1]] * 2)
     np.testing.assert_array_equal(shots.cut, [[False, False, True, False]] * 2)
     assert not shots.switch.any()
-    made = Prompts(loaded, PromptConfig(str(prompts), 7, 2, switch=(2, 5)), mesh)
+    made = Prompts(loaded, PromptConfig(str(prompts), 9, 2, switch=(2, 7, 2)), mesh)
     at = [int(np.argmax(row)) for _ in range(8) for row in next(made).switch]
-    assert {2, 5} <= {*at} <= {2, 3, 4, 5}
+    assert {*at} == {2, 4, 6}
     state = made.get_state()
     following = next(made)
     made.set_state(state)
@@ -248,4 +265,4 @@ def test_bad_prompts_are_refused(tmp_path, model, text, message):
     path.write_text(text)
     loaded, mesh = longlive_jax.load(str(model)), sharding.make_mesh()
     with pytest.raises(InputError, match=message):
-        Prompts(loaded, PromptConfig(str(path), 7, 1, switch=(2, 5)), mesh)
+        Prompts(loaded, PromptConfig(str(path), 7, 1, switch=(2, 5, 1)), mesh)

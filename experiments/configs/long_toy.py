@@ -15,7 +15,7 @@ def get_config(which: str = "switch") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_run(**CHANGES[which]))
 
 
-def _run(switch: tuple[int, int] | None) -> dict:
+def _run(switch: tuple[int, int, int] | None) -> dict:
     return dict(
         model="tiny",
         teacher="",
@@ -39,5 +39,5 @@ def _run(switch: tuple[int, int] | None) -> dict:
     )
 
 
-# Between the fifth second and the fifth from the end.
-CHANGES = {"switch": dict(switch=(7, 72)), "plain": dict(switch=None)}
+# Where a clip begins, between the fifth second and the fifth from the end.
+CHANGES = {"switch": dict(switch=(7, 70, 3)), "plain": dict(switch=None)}

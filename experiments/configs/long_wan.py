@@ -2,7 +2,7 @@
 --config=experiments/configs/long_wan.py:WHICH --config.prompts.file=FILE
 
 init: the 1.3B learns single clips of 21 latents in four steps, all of its weights
-(`configs/longlive_train_init.yaml`). long: a LoRA of rank 256 on videos of 240 latents, with a
+(`configs/longlive_train_init.yaml`). long: a LoRA of rank 256 on videos of 237 latents, with a
 switch of prompt on the way (`configs/longlive_train_long.yaml`). Teacher and critic are
 bidirectional models; the teacher may be larger (`wan-14b`).
 """
@@ -56,7 +56,7 @@ CHANGES = {
     # 18 new latents to every clip; the switch at 21, 39, …, 201 latents.
     "long": dict(
         clips=dict(first=7, next=6, length=80, newest=True),
-        prompts=dict(switch=(7, 67)),
+        prompts=dict(switch=(7, 67, 6)),
         rank=256,
         rates=(1e-5, 2e-6),
         steps=3000,

@@ -69,8 +69,9 @@ class Party:
 @dataclasses.dataclass(frozen=True)
 class Clips:
     """How a sequence is cut into clips, in chunks. first: the first clip, and what is judged at a
-    time. next: new chunks of every later one. length: of a sequence; `first` for single clips.
-    newest: all of a clip is judged by its last chunk's prompt, as LongLive 1.0 does.
+    time. next: new chunks of every later one, which are fewer: a clip begins with frames of the one
+    before. length: of a sequence; `first` for single clips. newest: all of a clip is judged by its
+    last chunk's prompt, as LongLive 1.0 does.
     """
 
     first: int
@@ -84,6 +85,15 @@ class Clips:
                 f"clips of {self.first} and {self.next} chunks do not fit sequences of"
                 f" {self.length}: next <= first <= length"
             )
+        if self.length > self.first and self.next == self.first:
+            raise ValueError(
+                f"clips that go on bring fewer than the {self.first} chunks that are judged at a"
+                " time: next < first"
+            )
+
+    def begins(self, chunk: int) -> bool:
+        """Whether the new part of a clip begins with it."""
+        return chunk == 0 or chunk >= self.first and (chunk - self.first) % self.next == 0
 
     def fits(self, made: int) -> bool:
         """Whether a sequence of `made` chunks takes one more clip."""

@@ -236,6 +236,13 @@ def check(cfg: DistillConfig) -> None:
             f"prompts are for sequences of {cfg.prompts.chunks} chunks, clips for sequences of"
             f" {cfg.clips.length}"
         )
+    if cfg.clips.newest:
+        within = [chunk for chunk in cfg.prompts.switches if not cfg.clips.begins(chunk)]
+        if within:
+            raise InputError(
+                f"a switch at chunk {within[0]} is inside a clip, which is judged by one prompt:"
+                f" clips begin at chunks {cfg.clips.first}, {cfg.clips.first + cfg.clips.next}, …"
+            )
     if cfg.judge.chunk != cfg.stream.chunk:
         raise InputError(
             f"clips are judged in chunks of {cfg.judge.chunk}, and made in chunks of"

@@ -30,24 +30,35 @@ class PromptConfig:
 
     batch: sequences at a time. shot: chunks of a shot, each with the next prompt of a line; 0 is
     none. switch: first and last chunk at which a line's second prompt may take the place of the
-    first, drawn evenly; None is never. file: one prompt a line.
+    first, and how many chunks lie between two of those, drawn evenly; None is never. file: one
+    prompt a line.
     """
 
     file: str
     chunks: int
     batch: int
     shot: int = 0
-    switch: tuple[int, int] | None = None
+    switch: tuple[int, int, int] | None = None
     seed: int = 0
 
     def __post_init__(self):
         if self.shot and self.switch is not None:
             raise ValueError("a sequence has shots or a switch, not both")
-        if self.switch is not None and not 0 < self.switch[0] <= self.switch[1] < self.chunks:
-            raise ValueError(
-                f"a switch at chunks {self.switch[0]} to {self.switch[1]} is not within a sequence"
-                f" of {self.chunks}"
-            )
+        if self.switch is not None:
+            first, last, apart = self.switch
+            if not 0 < first <= last < self.chunks or apart < 1:
+                raise ValueError(
+                    f"a switch at one of chunks {first} to {last}, {apart} apart, is not within a"
+                    f" sequence of {self.chunks}"
+                )
+
+    @property
+    def switches(self) -> range:
+        """Chunks at which the prompt may change."""
+        if self.switch is None:
+            return range(0)
+        first, last, apart = self.switch
+        return range(first, last + 1, apart)
 
     @property
     def most(self) -> int:
@@ -126,8 +137,8 @@ class Prompts:
             prompt = np.minimum(chunk // cfg.shot, len(line) - 1).astype(np.int32)
             cut[1:] = prompt[1:] != prompt[:-1]
         elif cfg.switch is not None:
-            low, high = cfg.switch
-            at = np.random.default_rng((cfg.seed, number)).integers(low, high + 1)
+            drawn = np.random.default_rng((cfg.seed, number)).integers(len(cfg.switches))
+            at = cfg.switches[drawn]
             prompt, switch = (chunk >= at).astype(np.int32), chunk == at
         used = line[: cfg.most]
         return used + used[-1:] * (cfg.most - len(used)), prompt, cut, switch
