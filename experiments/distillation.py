@@ -48,6 +48,7 @@ def config_of(given: ConfigDict) -> DistillConfig:
             student=_party(fields.pop("student")),
             fake=_party(fields.pop("fake")),
             precision=tuple((who, how) for who, how in fields.pop("precision", {}).items() if how),
+            timesteps=tuple(fields.pop("timesteps", ())),
             sample_prompts=tuple(fields.pop("sample_prompts", ())),
             **fields,
         )

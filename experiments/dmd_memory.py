@@ -3,9 +3,9 @@ of Table 2 of the LongLive 2.0 paper.
 
 python experiments/dmd_memory.py --gpu h100 --json dmd.json
 
-With the `[aot]` extra. One video on each device, weights spread over all; clips of 32 latents in
-four chunks, two shots, as `configs/dmd_wan.py:5b-4`. Per device: the larger of the student's and
-the critic's program, at its peak.
+With the `[aot]` extra. One video on each device, or --videos, weights spread over all; clips of 32
+latents in four chunks, two shots, as `configs/dmd_wan.py:5b-4`. Per device: the student's and the
+critic's program, each at its peak.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from longlive_jax.train.state import OptimizerConfig
 _GPU = flags.DEFINE_string("gpu", "h100", "Which one; longlive plan --help lists them.")
 _LAYERS = flags.DEFINE_integer("layers", 30, "Of the transformers.", 1)
 _DEVICES = flags.DEFINE_integer("devices", 8, "GPUs of one machine.", 1)
+_VIDEOS = flags.DEFINE_integer("videos", 1, "On each GPU.", 1)
 _ROWS = flags.DEFINE_list("rows", None, "Numbers of rows; all by default.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers.")
 
@@ -82,9 +83,9 @@ def plot(cfg: ModelConfig, batch: int, mesh: Mesh) -> tuple:
 
 
 def programs(
-    row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int
+    row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int, videos: int
 ) -> dict[str, jax.stages.Compiled]:
-    """The student's step and the critic's, on `count` devices."""
+    """The student's step and the critic's, on `count` devices with so many videos on each."""
     devices = topologies.get_topology_desc(
         platform="cuda",
         topology_name=gpu.name,
@@ -111,7 +112,7 @@ def programs(
             return step(state, frozen, Plot(*given), key, begins=True, goes_on=False)
 
         made = jax.jit(run, donate_argnums=0, out_shardings=(places, None, None))
-        found[which] = made.lower(state, frozen, plot(cfg, count, mesh), key).compile()
+        found[which] = made.lower(state, frozen, plot(cfg, videos * count, mesh), key).compile()
         logging.info("%s, %s: %.1f GB", row.name, which, peak(found[which]) / 1e9)
     return found
 
@@ -128,7 +129,7 @@ def main(_):
     gpu = gpus.find(_GPU.value)
     found = {}
     for row in rows:
-        made = programs(row, cfg, gpu, _DEVICES.value)
+        made = programs(row, cfg, gpu, _DEVICES.value, _VIDEOS.value)
         found[row.name] = {which: peak(program) for which, program in made.items()}
     table = Table("student, teacher, critic", "student's step", "critic's step", title=gpu.title)
     for name, each in found.items():

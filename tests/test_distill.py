@@ -7,6 +7,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import streams
@@ -15,8 +16,11 @@ from training import SMALL, lines, same
 
 import longlive_jax
 from longlive_jax import lora, sharding, weights
+from longlive_jax.config import SamplerConfig
 from longlive_jax.errors import InputError
-from longlive_jax.train import distill_run
+from longlive_jax.train import distill_run, export
+from longlive_jax.train import state as train_state
+from longlive_jax.train.checkpoint import Checkpoints
 from longlive_jax.train.distill import Clips, Party, Program
 from longlive_jax.train.distill_run import DistillConfig, Run
 from longlive_jax.train.dmd import DMDConfig
@@ -192,6 +196,8 @@ def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
         (dict(precision=(("teacher", "fp4"),)), "precision of the teacher: blocks.* in 'fp4'"),
         (dict(precision=(("judge", "int8"),)), "precision of 'judge': choose student, "),
         (dict(dtype="float16"), "dtype 'float16': choose one of"),
+        (dict(every=0), "the student takes a step every 0: at least every 1"),
+        (dict(steps=2, timesteps=(9,)), "rolled out: the euler solver places its own timesteps"),
         (dict(steps=-1), "cannot be rolled out: a sampler takes at least 1 step, not -1"),
         (dict(through="both"), "cannot be rolled out: through 'both': choose stop, straight"),
     ],
@@ -199,6 +205,58 @@ def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
 def test_bad_configs_are_refused(tmp_path, given, changes, message):
     with pytest.raises(InputError, match=message):
         Run(given(ONE, **changes), tmp_path)
+
+
+def test_steps_that_a_list_does_not_have_are_refused(tmp_path, given):
+    """As the 1.3B has one of four."""
+    listed = SamplerConfig("renoise", 4, 3.0, timesteps=(1000, 750, 500, 250))
+    folder = training.write_model(tmp_path / "model", dataclasses.replace(SMALL, sampler=listed))
+    given = functools.partial(given, ONE, model=str(folder))
+    for changes, message in (
+        (dict(steps=2), "4 timesteps are listed for 2 steps"),
+        (dict(steps=2, timesteps=(500, 1000)), "timesteps must fall within 1000"),
+    ):
+        with pytest.raises(InputError, match=f"cannot be rolled out: {message}"):
+            Run(given(**changes), tmp_path / "run")
+    run = Run(given(steps=2, timesteps=(1000, 500)), tmp_path / "run")
+    assert run.program.roll.steps == 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(steps=1), "another number of the student's steps: 2, not 1"),
+        (dict(clips=Clips(3, 1, 7, newest=True)), "another cut into clips: "),
+        (dict(teacher="tiny"), 'another teacher: null, not "tiny"'),
+        (dict(rank=3), "another LoRA of the student: "),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(tmp_path, given, model, changes, message):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = train_state.create({"w": jnp.ones(2)}, OPTIMIZER)
+    checkpoints.save(state, {"taken": 0}, given().to_json())
+    checkpoints.wait()
+    with pytest.raises(InputError, match=message):
+        checkpoints.restore(state, given(**{"clips": LONG} | changes).to_json())
+    checkpoints.close()
+
+
+def test_a_run_of_all_weights_becomes_a_model_of_its_steps(tmp_path, given):
+    made = given(ONE, rank=0)
+    state = Run(made, tmp_path / "run").train()
+    assert export.run(tmp_path / "run", tmp_path / "model") == 4
+    found = longlive_jax.load(tmp_path / "model")
+    same(weights.flatten(found.dit), dict(state.ema))
+    assert found.config.sampler == dataclasses.replace(SMALL.sampler, steps=2)
+    assert found.config.stream == made.stream
+
+
+def test_a_lora_is_not_exported_as_a_model(tmp_path, given):
+    run = Run(given(ONE), tmp_path / "run")
+    run.train()
+    with pytest.raises(InputError, match="learns a LoRA, .* `longlive merge-lora` adds that"):
+        export.run(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_switch_inside_a_clip_of_one_prompt_is_refused(tmp_path, given):

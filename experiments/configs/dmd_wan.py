@@ -2,9 +2,10 @@
 --config=experiments/configs/dmd_wan.py:WHICH --config.prompts.file=FILE
 
 5b-4, 5b-2: the 5B in 4 and in 2 steps, by LoRAs of rank 128 on student and critic, clips of 32
-latents in shots of 2 chunks (appendix I, `train_dmd_nvfp4_step4.yaml`). Model, critic and teacher
-are the folder `wan-5b`, made by `longlive convert`; the LoRA is then loaded onto an AR
-model of the same base. nvfp4: the same with frozen weights in four bits, but for the critic's.
+latents in shots of 2 chunks (appendix I, `train_dmd_nvfp4_step4.yaml`), on 16 GPUs, two on each;
+on eight, one on each: --config.data=1 --config.prompts.batch=8. Model, critic and teacher are the
+folder `wan-5b`, made by `longlive convert`; the LoRA is then loaded onto an AR model of the same
+base. nvfp4: the same with frozen weights in four bits, but for the critic's.
 """
 
 import ml_collections
@@ -21,7 +22,7 @@ def _run(steps: int, precision: dict | None = None) -> dict:
         model="wan-5b",
         steps=steps,
         seed=0,
-        data=1,
+        data=2,
         fsdp=8,
         prompts=dict(file="prompts.jsonl", batch=32, shot=2, seed=0),
         clips=dict(first=4, next=4, length=4),
@@ -33,6 +34,8 @@ def _run(steps: int, precision: dict | None = None) -> dict:
         dtype="bfloat16",
         log_every=10,
         save_every=200,
+        sample_every=200,
+        sample_prompts=("a red fox runs through a snowy forest at dawn",),
     )
 
 

@@ -3,7 +3,8 @@
 
 init: the 1.3B learns single clips of 21 latents in four steps, all of its weights
 (`configs/longlive_train_init.yaml`). long: a LoRA of rank 256 on videos of 237 latents, with a
-switch of prompt on the way (`configs/longlive_train_long.yaml`). Teacher and critic are
+switch of prompt on the way (`configs/longlive_train_long.yaml`); it begins with what init made, as
+`export_run.py --workdir runs/init --output wan-1.3b-init` writes it. Teacher and critic are
 bidirectional models; the teacher may be larger (`wan-14b`).
 """
 
@@ -19,10 +20,12 @@ def get_config(which: str = "long") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_run(**CHANGES[which]))
 
 
-def _run(clips: dict, prompts: dict, rank: int, rates: tuple[float, float], steps: int) -> dict:
+def _run(
+    model: str, clips: dict, prompts: dict, rank: int, rates: tuple[float, float], steps: int
+) -> dict:
     student, fake = rates
     return dict(
-        model=BASE,
+        model=model,
         teacher="wan-14b",
         critic=BASE,
         steps=4,
@@ -42,11 +45,15 @@ def _run(clips: dict, prompts: dict, rank: int, rates: tuple[float, float], step
         dtype="bfloat16",
         log_every=10,
         save_every=100,
+        sample_every=100,
+        sample_prompts=("a red fox runs through a snowy forest at dawn",),
+        sample_seconds=30.0,
     )
 
 
 CHANGES = {
     "init": dict(
+        model=BASE,
         clips=dict(first=7, next=7, length=7, newest=True),
         prompts={},
         rank=0,
@@ -55,6 +62,7 @@ CHANGES = {
     ),
     # 18 new latents to every clip; the switch at 21, 39, …, 201 latents.
     "long": dict(
+        model=f"{BASE}-init",
         clips=dict(first=7, next=6, length=80, newest=True),
         prompts=dict(switch=(7, 67, 6)),
         rank=256,

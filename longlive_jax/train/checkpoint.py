@@ -17,6 +17,21 @@ from longlive_jax.errors import InputError
 
 State = TypeVar("State")
 
+# What a run cannot change on its way, by its place in the config: what it is called.
+FIXED = {
+    "model": "model",
+    "optimizer.kind": "kind of optimizer",
+    "teacher": "teacher",
+    "critic": "critic",
+    "clips": "cut into clips",
+    "steps": "number of the student's steps",
+    "timesteps": "list of the student's timesteps",
+    "student.learning": "LoRA of the student",
+    "fake.learning": "LoRA of the critic",
+    "student.optimizer.kind": "kind of the student's optimizer",
+    "fake.optimizer.kind": "kind of the critic's optimizer",
+}
+
 
 def told_by_us(record: logging.LogRecord) -> bool:
     """A filter of what is logged: Orbax tells much of what it does."""
@@ -70,11 +85,12 @@ class Checkpoints:
         each leaf goes now, which may be another mesh than it came from.
 
         Raises:
-          InputError: the run had another model or optimizer, or the files are damaged.
+          InputError: the run had another of what is `FIXED`, or the files are damaged.
         """
         step = self.latest
         began = self.config(step)
-        for word, name in (("model", "model"), ("kind of optimizer", "optimizer.kind")):
+        config = json.loads(json.dumps(config))  # tuples are lists there
+        for name, word in FIXED.items():
             found, wanted = _at(began, name), _at(config, name)
             if found != wanted:
                 raise InputError(
@@ -149,10 +165,10 @@ class Checkpoints:
 
 
 def _at(config: dict[str, Any], name: str) -> Any:
-    """The value in nested dicts, of a path with dots; None where there is none."""
+    """The value in nested dicts, of a path with dots; None of what is empty or not there."""
     for key in name.split("."):
         config = (config or {}).get(key)
-    return config
+    return config or None
 
 
 def shapes(state: State, places: State) -> State:

@@ -37,7 +37,8 @@ from longlive_jax.weights import Weights
 class DistillConfig:
     """A run. model: the student, a name or folder. teacher, critic: the real score, and what the
     fake score begins as; "" is the student's model. steps: of the student, 0 is the model's own
-    number. precision: of frozen weights, of "student", "teacher" and "critic": int8, fp8 or nvfp4.
+    number. timesteps: of these, where the model's solver has a list; empty is the model's own.
+    precision: of frozen weights, of "student", "teacher" and "critic": int8, fp8 or nvfp4.
     every: critic steps for one of the student.
     """
 
@@ -49,6 +50,7 @@ class DistillConfig:
     fake: Party
     stream: StreamConfig
     steps: int = 0
+    timesteps: tuple[int, ...] = ()
     teacher: str = ""
     critic: str = ""
     through: str = "stop"
@@ -152,6 +154,8 @@ class Run:
         plot = next(self.prompts)
         self.prompts.taken -= self.cfg.prompts.batch
         leaves, tree = sequence_like(self.program, self.frozen, plot)
+        if any(x.size and str(i) not in kept for i, x in enumerate(leaves)):
+            raise InputError(f"{self.workdir} holds a run whose sequences are of another kind")
         found = [_typed(kept.get(str(i)), x) for i, x in enumerate(leaves)]
         return sequence.spread(jax.tree.unflatten(tree, found), self.program.mesh)
 
@@ -231,6 +235,8 @@ def check(cfg: DistillConfig) -> None:
     """Raises InputError where parts of a config do not go together."""
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype {cfg.dtype!r}: choose one of {', '.join(DTYPES)}")
+    if cfg.every < 1:
+        raise InputError(f"the student takes a step every {cfg.every}: at least every 1")
     if cfg.prompts.chunks != cfg.clips.length:
         raise InputError(
             f"prompts are for sequences of {cfg.prompts.chunks} chunks, clips for sequences of"
@@ -265,6 +271,8 @@ def program(cfg: DistillConfig, config: ModelConfig, mesh: Any) -> Program:
     sampling = config.sampler
     if cfg.steps:
         sampling = dataclasses.replace(sampling, steps=cfg.steps)
+    if cfg.timesteps:
+        sampling = dataclasses.replace(sampling, timesteps=cfg.timesteps)
     try:
         solver, levels = sampler.make(sampling), Flow(sampling.shift)
         roll = SelfForcing(cfg.stream, solver, levels, through=cfg.through)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +19,13 @@ from longlive_jax.train.checkpoint import Checkpoints
 
 def run(workdir: pathlib.Path, output: pathlib.Path) -> int:
     """Writes the averaged transformer of a run's last checkpoint, with the other parts of the model
-    that the run began with, as the new folder `output`; it streams as the run says. Weights have
-    the types of that model's files. Returns the checkpoint's step.
+    that the run began with, as the new folder `output`; it streams as the run says, in the steps
+    that it was distilled to. Weights have the types of that model's files. Returns the checkpoint's
+    step.
 
     Raises:
-      InputError: there is no checkpoint, it or the model cannot be read, or `output` is there.
+      InputError: there is no checkpoint, it or the model cannot be read, what was learned is a
+        LoRA, or `output` is there.
     """
     weights.check_new(output)
     folder = workdir.absolute() / "checkpoints"
@@ -34,6 +37,11 @@ def run(workdir: pathlib.Path, output: pathlib.Path) -> int:
         if step is None:
             raise InputError(f"the run in {workdir} has no checkpoint yet")
         began = checkpoints.config(step)
+        if _rank(began):
+            raise InputError(
+                f"the run in {workdir} learns a LoRA, which it leaves in lora.safetensors:"
+                " `longlive merge-lora` adds that to a model"
+            )
         source = model.folder_of(began["model"])
         tensors = weights.read(source, "dit")
         specs = {path: spec_of(tensors, path) for path in tensors}
@@ -42,13 +50,20 @@ def run(workdir: pathlib.Path, output: pathlib.Path) -> int:
     finally:
         checkpoints.close()
     given = config.to_json(model.read_config(source))
-    cfg = config.from_json(given | {"stream": began["ar"]["stream"]})
+    changed = {name: began[name] for name in ("steps", "timesteps") if began.get(name)}
+    stream = began.get("ar", began)["stream"]
+    cfg = config.from_json(given | {"stream": stream, "sampler": given["sampler"] | changed})
     pending = {
         path: Pending(spec.shape, spec.dtype, functools.partial(_whole, averaged[path], spec.dtype))
         for path, spec in specs.items()
     }
     model.write_with(output, source, pending, cfg)
     return step
+
+
+def _rank(began: dict[str, Any]) -> int:
+    """Of the student's LoRA; 0 where all weights are learned, and in runs without a student."""
+    return began["student"]["learning"]["rank"] if "student" in began else 0
 
 
 def _whole(x: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
