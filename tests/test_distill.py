@@ -106,8 +106,9 @@ def values(workdir):
     return [{k: v for k, v in line.items() if k != "step"} for line in lines(workdir)]
 
 
-@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "all weights"])
-@pytest.mark.parametrize("clips", [LONG, ONE], ids=["long", "one clip"])
+@pytest.mark.parametrize(
+    "clips, rank", [(LONG, 2), (LONG, 0), (ONE, 2)], ids=["long", "long, all weights", "one clip"]
+)
 def test_four_devices_are_one(tmp_path, given, clips, rank):
     """Losses, norms, and all that was learned; weights move by up to 1e-2 a step."""
     alone = Run(given(clips, rank), tmp_path / "alone").train()
@@ -122,6 +123,40 @@ def test_four_devices_are_one(tmp_path, given, clips, rank):
         assert not dit.blocks.ffn_in.kernel[...].sharding.is_fully_replicated
     if clips is LONG:
         assert not run.sequence.memory.cache.k.sharding.is_fully_replicated
+
+
+OTHER = dataclasses.replace(SMALL.dit, dim=64, ffn_dim=96, layers=2)
+BIDIRECTIONAL = DMDConfig(1, shift=3.0, real_guidance=3.0, causal=False, whole=True)
+
+
+@pytest.mark.parametrize(
+    "clips, shot, changes",
+    [
+        (LONG, 0, dict(judge=BIDIRECTIONAL, through="straight", same_exit=False)),
+        (ONE, 2, dict(precision=(("student", "nvfp4"), ("teacher", "int8"), ("critic", "fp8")))),
+    ],
+    ids=["straight", "shots in few bits"],
+)
+def test_a_larger_teacher_and_all_that_has_a_name(tmp_path, given, clips, shot, changes):
+    """A teacher that sees whole clips, a memory with a gradient and exits of their own; shots, and
+    frozen weights in few bits: after a step, all that learns has moved.
+    """
+    teacher = training.write_model(tmp_path / "teacher", dataclasses.replace(SMALL, dit=OTHER))
+    party = Party(Learning(2), dataclasses.replace(OPTIMIZER, steps=1, warmup=0))
+    made = given(clips, teacher=str(teacher), student=party, fake=party, every=1, **changes)
+    if shot:
+        made = dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, shot=shot))
+    run = Run(made, tmp_path / "run")
+    begun, after = run._begin(), run.train()
+    (line,) = values(tmp_path / "run")
+    assert all(np.isfinite(x) and x > 0 for x in line.values()), line
+    for learned, before in (
+        (after.weights, begun.weights),
+        (after.critic.weights, begun.critic.weights),
+    ):
+        still = [name for name, x in learned.items() if np.array_equal(x, before[name])]
+        # A's gradient goes through B, which begins at zero.
+        assert all(name.endswith("lora_a") for name in still) and len(still) < len(learned)
 
 
 def test_both_learn(tmp_path, given):

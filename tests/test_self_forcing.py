@@ -10,7 +10,7 @@ import pytest
 import streams
 import wan
 
-from longlive_jax import sampler, weights
+from longlive_jax import rollout, sampler, weights
 from longlive_jax.config import SamplerConfig, StreamConfig
 from longlive_jax.convert import wan_dit
 from longlive_jax.convert.table import export
@@ -215,6 +215,53 @@ def test_steps_with_fresh_noise(golden, facts):
     roll = lambda dit, memory: self_forcing.roll(dit, memory, told, exits, own, draw)[1]  # noqa: E731
     clip = streams.jit(roll)(dit, streams.begin(dit, own.stream, UNIPC))
     np.testing.assert_allclose(clip.latents, frames_last(case["out/latents"]), atol=ATOL)
+
+
+class Clean(Flow):
+    """Whose t = 0 is none; the table's lowest level is 0.005, which training reads chunks at."""
+
+    def sigma(self, t):
+        return jnp.where(t == 0, 0.0, super().sigma(t))
+
+
+@pytest.mark.parametrize("rope", ["absolute", "relative"])
+def test_a_clip_is_made_as_it_will_be_served(rope):
+    """In the window, with the sinks, from the noise and by the steps of `rollout.generate`, also
+    after a switch, which reads the window anew, and a cut: if it stops at its last step.
+    """
+    dit, chunks, cut, switch = wan.longlive2("gen"), 6, 5, 3
+    stream = StreamConfig(CHUNK, window=6, sink=2, shot_sink=2, rope=rope)
+    steps = SamplerConfig("renoise", 2, 5.0)
+    cfg = SelfForcing(stream, sampler.make(steps), Clean(5.0))
+    context = jax.random.normal(jax.random.key(1), (1, 3, 5, dit.cfg.text_dim))
+    at = np.arange(chunks)
+    prompt = np.asarray(at >= switch, np.int32) + (at >= cut)
+    rows = (jnp.asarray(x)[None] for x in (prompt, at == cut, at == switch))
+    told, exits = Script(context, *rows), jnp.full(chunks, cfg.steps - 1)
+    begin = functools.partial(streams.begin, dit, stream, steps)
+    roll = streams.jit(lambda dit, memory: self_forcing.roll(dit, memory, told, exits, cfg))
+    after, clip = roll(dit, begin())
+
+    serve = streams.jit(
+        rollout.generate.__wrapped__, static_argnames=("stream", "solver", "guidance")
+    )
+    memory = begin()
+    for i in range(chunks):
+        text = dit.text_kv(context[:, prompt[i], None])
+        if i == cut:
+            memory = dataclasses.replace(memory, shot=memory.shot + 1)
+        if i == switch:
+            how = dict(stream=stream, how=stream.recache)
+            memory = rollout.recache(dit, memory, text, jnp.ones(1, bool), **how)
+        noise = rollout.noise(memory, CHUNK)
+        memory, latents = serve(dit, memory, text, noise, stream=stream, solver=cfg.solver)
+        ours = clip.latents[:, i * CHUNK : (i + 1) * CHUNK]
+        np.testing.assert_allclose(ours, latents, atol=2e-4, err_msg=str(i))
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(memory), strict=True):
+        if jnp.issubdtype(theirs.dtype, jnp.floating):
+            np.testing.assert_allclose(ours, theirs, atol=2e-3)
+        elif not jnp.issubdtype(theirs.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
