@@ -124,9 +124,18 @@ def own_warmup(chunks: int) -> int:
 
 
 def summarise(
-    videos: Sequence[Stopwatch], warmup: int, *, compile_s: float, seed: int
+    videos: Sequence[Stopwatch],
+    warmup: int,
+    *,
+    compile_s: float,
+    seed: int,
+    alone: Sequence[Stopwatch] = (),
 ) -> report.Report:
-    """The report of videos of the same length, leaving out the first `warmup` chunks of each."""
+    """The report of videos of the same length, leaving out the first `warmup` chunks of each.
+
+    alone: videos in which nothing is decoded while a chunk is denoised: by these, if there are any,
+    the transformer is judged.
+    """
     marks = [mark for video in videos for mark in video.marks[warmup:]]
     frames = sum(mark.frames for mark in marks)
     latencies = [mark.ready - mark.asked for mark in marks]
@@ -134,8 +143,10 @@ def summarise(
     height, width = videos[0].size
     session = videos[0].session
     config, steps = session.model.config, len(session.solver.steps)
-    denoise_s = max(sum(mark.denoise_s for mark in marks), 1e-9)
-    done = sum(video.flops(warmup) for video in videos)
+    denoised = [mark for video in alone or videos for mark in video.marks[warmup:]]
+    denoise_s = max(sum(mark.denoise_s for mark in denoised), 1e-9)
+    denoise_fps = sum(mark.frames for mark in denoised) / denoise_s
+    done = sum(video.flops(warmup) for video in alone or videos)
     peak = bench_ceiling.peak()
     return report.Report(
         **report.head("generate", session.model, seed),
@@ -143,7 +154,7 @@ def summarise(
         width=width,
         height=height,
         fps=config.fps,
-        denoise_fps=frames / denoise_s,
+        denoise_fps=denoise_fps,
         end_to_end_fps=frames / sum(video.seconds(warmup) for video in videos),
         time_to_first_chunk_s=float(np.median(first)),
         chunk_latency_p50_s=float(np.percentile(latencies, 50)),
@@ -156,7 +167,7 @@ def summarise(
         warmup_chunks=warmup,
         window=config.stream.window,
         chunk_flops=bench_ceiling.chunk_flops(config, steps),
-        ceiling_fps=frames * peak / done if peak else None,
+        ceiling_fps=denoise_fps * denoise_s * peak / done if peak else None,
         of_ceiling=done / denoise_s / peak if peak else None,
     )
 
@@ -164,7 +175,8 @@ def summarise(
 def run(
     model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None, change: str = "switch"
 ) -> report.Report:
-    """Makes a short video for warm-up and `repeat` measured ones, each with a change half-way.
+    """Makes a short video for warm-up and `repeat` measured ones, each with a change half-way; and
+    as many without, chunk by chunk, by which the transformer is judged alone.
 
     Args:
       model: What `longlive_jax.load` returns.
@@ -181,12 +193,13 @@ def run(
             return ()
         return (Event(timeline.middle(model.config, seconds), change, PROMPTS[1]),)
 
-    def video(number: int, seconds: float) -> Stopwatch:
-        events = changes(seconds)
+    def video(
+        number: int, seconds: float, events: Sequence[Event], lookahead: int = 1
+    ) -> Stopwatch:
         modes = {event.mode for event in events if event.kind == "switch"}
         session = model.session(PROMPTS[0], seed=seed + number, steps=steps).prepare(*modes)
         watch = Stopwatch(session, events)
-        stream = session.stream(seconds, events=events, lookahead=1)
+        stream = session.stream(seconds, events=events, lookahead=lookahead)
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "bench.mp4"
             with BackgroundWriter(path, model.config.fps) as writer:
@@ -196,7 +209,9 @@ def run(
         return watch
 
     with CompileClock() as clock:
-        warmup = video(0, min(seconds, (2 * WARMUP_CHUNKS) * chunk_s))
-        measured = [video(number, seconds) for number in range(repeat)]
-    summary = summarise(measured, 0, compile_s=clock.seconds, seed=seed)
+        short = min(seconds, (2 * WARMUP_CHUNKS) * chunk_s)
+        warmup = video(0, short, changes(short))
+        measured = [video(number, seconds, changes(seconds)) for number in range(repeat)]
+        alone = [video(number, seconds, (), lookahead=0) for number in range(repeat)]
+    summary = summarise(measured, 0, compile_s=clock.seconds, seed=seed, alone=alone)
     return dataclasses.replace(summary, warmup_chunks=len(warmup.marks))

@@ -31,6 +31,8 @@ from longlive_jax.vae.vae import VAE
 
 WEIGHTS = "random; prompts are random embeddings, no text encoder runs"
 TAES = (config.WAN21_TAE, config.WAN22_TAE)
+# LightVAEs are Wan2.2's with a half and a quarter of its channels (`lightvae_5b_wrapper.py`).
+PRUNED = {"light": 2, "light_quarter": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +78,18 @@ def load(
 
 
 def sized(cfg: ModelConfig) -> ModelConfig:
-    """The preset with the tiny autoencoder of its latents, where there is one."""
+    """The preset with the faster decoders of its latents that there are."""
     own = (cfg.vae.latent_channels, cfg.vae.time_stride, cfg.vae.space_stride)
     fits = lambda tae: (tae.latent_channels, tae.time_stride, tae.space_stride) == own  # noqa: E731
+    pruned = PRUNED if cfg.vae == config.WAN22_VAE else {}
+    light = tuple((name, _narrowed(cfg.vae, times)) for name, times in pruned.items())
     decoders = tuple(("tae", tae) for tae in TAES if fits(tae))
-    return dataclasses.replace(cfg, decoders=decoders)
+    return dataclasses.replace(cfg, decoders=light + decoders)
+
+
+def _narrowed(cfg: VAEConfig, times: int) -> VAEConfig:
+    widths = dict(encoder_dim=cfg.encoder_dim // times, decoder_dim=cfg.decoder_dim // times)
+    return dataclasses.replace(cfg, **widths)
 
 
 def decoder(cfg: VAEConfig | TAEConfig, key: Array, dtype: Any) -> VAE | TAE:

@@ -100,6 +100,15 @@ def flag_help(name: str, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
+def spelled(word: str, values: flags.FlagValues) -> str:
+    """An argument, with underscores where a flag has them and dashes were written."""
+    name, sign, value = word.partition("=")
+    known = name.removeprefix("--")
+    if not name.startswith("--") or known in values or known.replace("-", "_") not in values:
+        return word
+    return f"--{known.replace('-', '_')}{sign}{value}"
+
+
 def dispatch(arguments: Sequence[str], load: Load) -> None:
     """Runs what the arguments say.
 
@@ -120,6 +129,7 @@ def dispatch(arguments: Sequence[str], load: Load) -> None:
     bare = itertools.takewhile(lambda word: not word.startswith("-"), rest)
     named = [f"--{flag}={word}" for flag, word in zip(COMMANDS[name].words, bare, strict=False)]
     rest = named + rest[len(named) :]
+    rest = [spelled(word, values) for word in rest]
     if any(word in HELP[:2] for word in rest):
         sys.stdout.write(flag_help(name, values) + "\n")
         return

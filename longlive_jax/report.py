@@ -83,7 +83,8 @@ class Report(Head):
     width: int
     height: int
     fps: int  # at which the video plays
-    denoise_fps: float  # the transformer alone
+    # The transformer; in `bench` alone, in `generate` while the chunk before is being decoded.
+    denoise_fps: float
     end_to_end_fps: float  # with text, VAE, and the file written and closed
     time_to_first_chunk_s: float  # from asking for a video to its first frames on the host
     chunk_latency_p50_s: float  # from asking for a chunk to its frames on the host

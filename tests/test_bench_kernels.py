@@ -216,6 +216,26 @@ def test_what_is_compared_is_measured_in_turns(monkeypatch):
     assert found == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
 
 
+def test_what_takes_too_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "seconds_of", lambda act, *_: act())
+    nothing = Case(lambda key: (), lambda backend: backend, lambda backend: None, 0.0, 0.0)
+    timer = bench_kernels.Timer(nothing, 3, 0, dataclasses.replace(LITTLE, budget_s=2.0))
+    monkeypatch.setattr(timer.__class__, "_run", lambda self, backend, operands: lambda: backend)
+    assert timer.times({"slow": 5.0, "fast": 1.0}) == {"slow": [5.0], "fast": [1.0] * 3}
+
+
+def test_a_backend_that_fails_does_not_stop_the_others():
+    def call(backend, x):
+        if backend == "broken":
+            raise NotImplementedError("no such layout\nand much more")
+        return x
+
+    made = Case(lambda key: (jnp.ones(3),), call, lambda backend: None, 0.0, 0.0)
+    found = bench_kernels.Timer(made, 1, 0, LITTLE).times({"broken": "broken", "whole": "whole"})
+    assert found["broken"] == "NotImplementedError: no such layout"
+    assert len(found["whole"]) == 1
+
+
 def test_a_backend_without_room_says_so(monkeypatch):
     monkeypatch.setattr(bench_kernels.report, "free_memory", lambda: 0)
     timer = bench_kernels.Timer(case("nvfp4/matmul", "one_block"), 1, 0, LITTLE)

@@ -90,10 +90,13 @@ def test_prompts_become_embeddings_that_stay_the_same(small):
     assert not np.allclose(one, other)
 
 
-def test_presets_get_the_tiny_decoder_that_fits_their_latents():
+def test_presets_get_the_faster_decoders_of_their_latents():
+    """A LightVAE's widths are those of Wan2.2's, halved or quartered; Wan2.1 has none."""
     found = {name: dict(bench_model.sized(cfg).decoders) for name, cfg in plan.PRESETS.items()}
     assert found["wan21_1_3b"] == {"tae": WAN21_TAE}
-    assert found["wan22_5b"] == {"tae": WAN22_TAE}
+    light, quarter, tae = (found["wan22_5b"].pop(n) for n in ("light", "light_quarter", "tae"))
+    assert tae == WAN22_TAE and not found["wan22_5b"]
+    assert [(x.encoder_dim, x.decoder_dim) for x in (light, quarter)] == [(80, 128), (40, 64)]
 
 
 def test_a_video_of_random_weights_is_measured(small, longlive):
@@ -254,4 +257,4 @@ def test_a_named_model_is_loaded_as_ever(tmp_path, monkeypatch):
 
 def test_an_unknown_preset_is_refused_by_the_library_too():
     with pytest.raises(InputError, match="has no VAE"):
-        bench_model.load("wan22_5b", vae="light", transformer=False)
+        bench_model.load("wan21_1_3b", vae="light", transformer=False)

@@ -9,6 +9,7 @@ import sys
 import fake
 import numpy as np
 import pytest
+from absl import flags
 from test_report import check_schema
 from test_video import read
 
@@ -316,3 +317,18 @@ def test_chunks_tile_the_video(seconds):
     assert lengths[0] == min(9, frames)
     assert set(lengths[1:-1]) <= {12}
     assert len(lengths) == timeline.chunk_count(fake.CONFIG, seconds)
+
+
+def test_a_flag_may_be_written_with_dashes():
+    """As most commands have them; what stands after the sign is left alone."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool("random_weights", False, "", flag_values=values)
+    flags.DEFINE_string("save-session", None, "", flag_values=values)
+    for word, meant in {
+        "--random-weights": "--random_weights",
+        "--random-weights=true": "--random_weights=true",
+        "--save-session=a-b": "--save-session=a-b",
+        "--no-such": "--no-such",
+        "random-weights": "random-weights",
+    }.items():
+        assert cli.spelled(word, values) == meant

@@ -112,6 +112,16 @@ def test_the_share_of_the_ceiling_counts_what_each_chunk_attends(monkeypatch):
     assert summary.chunk_flops == 5 * bench_ceiling.forward_flops(fake.CONFIG, 12)
 
 
+def test_the_transformer_is_judged_by_videos_without_anything_beside_it():
+    """If there are any; what it did is counted of the same."""
+    quiet = [bench.Mark(9, 0.5, 0.0, 1.0, 1.1), bench.Mark(12, 0.1, 1.1, 2.0, 2.1)]
+    alone = [watch(quiet, 3.0)]
+    summary = bench.summarise([watch(MARKS, 24.5)], 1, compile_s=0.0, seed=0, alone=alone)
+    assert summary.denoise_fps == pytest.approx(12 / 0.1)
+    assert summary.end_to_end_fps == pytest.approx(36 / (24.5 - 18.5))
+    assert summary.frames == 45
+
+
 def test_memory_that_is_free_is_less_than_the_machine_has():
     assert 2**25 < report.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -159,8 +169,9 @@ def test_peak_memory_is_that_of_a_running_process():
 def test_a_measured_video_has_the_change_that_was_asked_for(change, kinds):
     model = fake.Model()
     summary = bench.run(model, seconds=2.0, repeat=1, seed=0, steps=None, change=change)
-    _, (_, seconds, *_, events) = model.calls
+    _, (_, seconds, *_, events), (*_, alone) = model.calls
     assert (seconds, [event.kind for event in events]) == (2.0, kinds)
+    assert alone == ()
     assert len(summary.switches) == len(kinds)
 
 
@@ -174,8 +185,8 @@ def test_bench_measures_each_repeat_after_a_warmup():
     check_schema(json.loads(summary.to_json()))
     assert [(seconds, seed) for _, seconds, seed, _, _ in model.calls] == [
         (3.0, 3),
-        (5.0, 3),
-        (5.0, 4),
+        *((5.0, 3), (5.0, 4)),
+        *((5.0, 3), (5.0, 4)),  # without changes, for the transformer alone
     ]
     assert summary.frames == 80
     assert summary.warmup_chunks == 5

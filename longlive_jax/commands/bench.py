@@ -106,6 +106,9 @@ def run(values: flags.FlagValues, load: Load) -> None:
 
     import jax
 
+    from longlive_jax import cache_dir
+
+    cache_dir.enable()
     if values.cpu_devices:
         jax.config.update("jax_num_cpu_devices", values.cpu_devices)
 
