@@ -3,7 +3,10 @@
 Needs the [aot] extra. The GPUs are described in tests/gpu_specs, one file each.
 """
 
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,11 @@ from longlive_jax.dit.model import DiT, TextKV
 pytestmark = pytest.mark.aot
 
 MEMORY = {"h100": 84.9e9, "b200": 191e9}  # bytes; what the descriptions say
-ASKS = re.compile(r"\b(infeed|outfeed|send|recv)(-done)?\(|callback")  # in a program's text
+# What a program on a GPU asks the host for, in its text: data, or which way it is to go on. Of a
+# loop that says how often it runs, the host knows it beforehand.
+ASKS = re.compile(r"\b(infeed|outfeed|send|recv)(-done)?\(|callback|\bconditional\(")
+LOOPS = re.compile(r"^.* while\(.*$", re.MULTILINE)
+PROGRAM = pathlib.Path(__file__).with_name("step_program.py")
 PRESETS = {cfg.name: cfg for cfg in (WAN21_T2V_1_3B, WAN22_TI2V_5B)}
 
 
@@ -41,6 +48,18 @@ def begun(cfg, sharding):
     return described((dit, memory, text, noise), sharding)
 
 
+def goes_alone(text: str) -> bool:
+    """Whether a program runs from end to end without the host."""
+    loops = LOOPS.findall(text)
+    assert loops  # of steps and layers
+    return not ASKS.search(text) and all("known_trip_count" in loop for loop in loops)
+
+
+def window_bytes(cfg) -> int:
+    """Of its keys and values in bfloat16."""
+    return 2 * cfg.dit.layers * cfg.dit.dim * cfg.stream.window * cfg.tokens_per_frame * 2
+
+
 @pytest.mark.parametrize("gpu", ["h100", "b200", "rtx6000pro"])
 def test_a_matrix_product_compiles(device, gpu):
     sharding = device(gpu)
@@ -61,10 +80,38 @@ def test_a_chunk_is_denoised_within_memory_and_in_place(device, gpu, name):
     memory = compiled.memory_analysis()
     assert memory.peak_memory_in_bytes < MEMORY[gpu]
     # All steps and the clean pass are one program, which asks the host for nothing on the way.
-    assert not ASKS.search(compiled.as_text())
+    assert goes_alone(compiled.as_text())
     # The cache is donated: the keys and values of the window exist once.
-    window = 2 * cfg.dit.layers * cfg.dit.dim * cfg.stream.window * cfg.tokens_per_frame * 2
-    assert memory.alias_size_in_bytes >= window
+    assert memory.alias_size_in_bytes >= window_bytes(cfg)
+
+
+@pytest.mark.parametrize(
+    "gpu, name, kv",
+    [
+        ("h100", "wan21_t2v_1_3b", "model"),
+        ("h100", "wan22_ti2v_5b", "model"),
+        ("h100", "wan22_ti2v_5b", "fp8_scores"),
+        ("b200", "wan22_ti2v_5b", "nvfp4"),
+    ],
+)
+def test_a_chunk_by_our_kernel_is_one_program_in_place(gpu, name, kv):
+    """The kernel reads the slots where they lie: beside arguments and results there is less than
+    half of the window.
+    """
+    pytest.importorskip(
+        "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
+    )
+    made = subprocess.run(
+        [sys.executable, PROGRAM, gpu, name, kv], capture_output=True, text=True, check=True
+    )
+    *text, said = made.stdout.splitlines()
+    text, (peak, alias, temporary) = "\n".join(text), map(int, said.split()[1:])
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', text)) == 2  # steps, clean pass
+    assert goes_alone(text)
+    assert peak < MEMORY[gpu]
+    bits = {"model": 16, "fp8_scores": 8, "nvfp4": 4}[kv]
+    window = window_bytes(PRESETS[name]) * bits // 16
+    assert alias >= window and temporary < window / 2
 
 
 @pytest.mark.parametrize("sinks", Recache.SINKS)

@@ -1,7 +1,9 @@
 """XLA: all at once where scores are few, else in steps with an online softmax (arXiv 2112.05682).
 
 Runs wherever XLA does. A step is some query frames and some slots of the list of those that they
-see: what nobody sees is neither read nor multiplied, and no more is unpacked at a time.
+see; no more is unpacked at a time. On CPUs what nobody sees is neither read nor multiplied. A GPU
+would have to ask the host, step by step, whether there is another one: there a list is gone through
+to its end, and what is behind its last slot is hidden. That is work only until the window is full.
 """
 
 from __future__ import annotations
@@ -167,8 +169,14 @@ def _pass(
         mask = jnp.take_along_axis(seen, chosen[:, None], 2) & there[:, None]  # b g c
         return _online(q, *read(chosen), mask, state)
 
-    end = index.shape[1] // width if to_end else -(-count.max() // width)
-    return lax.fori_loop(0, end, step, state)
+    def until(end: int | Array, state: State) -> State:
+        return lax.fori_loop(0, end, step, state)
+
+    whole = functools.partial(until, index.shape[1] // width)
+    if to_end:
+        return whole(state)
+    some = functools.partial(until, -(-count.max() // width))
+    return lax.platform_dependent(state, cpu=some, default=whole)
 
 
 def _online(
