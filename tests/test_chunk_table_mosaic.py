@@ -205,6 +205,30 @@ def test_teacher_forcing_visits_the_tiles_of_the_table_and_no_other(name, kind):
     assert len(lists.entries) < 300_000
 
 
+@pytest.mark.parametrize("name", LONG)
+def test_blackwell_visits_what_its_blocks_see_and_no_more(name):
+    """Of 256 queries, which do not divide a chunk: every tile of keys that one of them sees."""
+    frames, ranks = LONG[name]
+    rows = shapes.teacher_forcing(shapes.chunks(frames, 8), ranks=ranks)
+    shape = sized(rows, shapes.SHAPES["5b_16s"].tokens)
+    lists, table = lists_of(shape, "queries of Blackwell")
+    begins, filled = lists.inner[:, 0], lists.inner[:, 2]
+    first, last = begins // shape.tokens, (begins + filled - 1) // shape.tokens
+    seen_by = {}
+    for tile, (start, size, *_, total) in enumerate(lists.outer.tolist()):
+        begin, end = start // shape.tokens, (start + size - 1) // shape.tokens
+        if (begin, end) not in seen_by:
+            upto = np.append(0, table[begin : end + 1].any(0).cumsum())
+            seen_by[begin, end] = np.flatnonzero(upto[last + 1] > upto[first])
+        visited = np.sort(lists.visited(tile))
+        assert len(visited) == total
+        np.testing.assert_array_equal(visited, seen_by[begin, end])
+    starts, sizes = lists.outer[:, 0], lists.outer[:, 1]
+    order = np.argsort(starts)
+    np.testing.assert_array_equal(starts[order][1:], (starts + sizes)[order][:-1])
+    assert sizes.sum() == 2 * frames * shape.tokens
+
+
 def test_places_are_those_of_the_tiles():
     """Where a run is no multiple of them, places are left empty."""
     for name in ("1.3b", "5b_2_ranks"):

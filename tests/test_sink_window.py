@@ -46,14 +46,15 @@ def small(shape: shapes.Shape) -> shapes.Shape:
     )
 
 
-def sized(name: str, tokens: int) -> shapes.Shape:
-    """The same table with so many tokens, and one head as wide as Mosaic needs it."""
-    return dataclasses.replace(shapes.SHAPES[name], heads=1, width=mosaic.WIDTH, tokens=tokens)
+def sized(name: str, tokens: int, heads: int = 1) -> shapes.Shape:
+    """The same table with so many tokens, and heads as wide as Mosaic needs them."""
+    return dataclasses.replace(shapes.SHAPES[name], heads=heads, width=mosaic.WIDTH, tokens=tokens)
 
 
 SIMULATED = {
-    # Slots of a whole tile of keys, and one that is not; of less than that; of exactly one.
-    "rows_differ": sized("rows_differ", 24),
+    # Slots of a whole tile of keys, and one that is not; of less than that; of exactly one. Several
+    # heads, of which each has its own keys, scales and place.
+    "rows_differ": sized("rows_differ", 24, heads=3),
     "frames_differ": sized("frames_differ", 72),
     "sinks": sized("sinks", 200),
     "all_but_one_empty": sized("all_but_one_empty", 128),
@@ -481,7 +482,7 @@ def simulated(name: str, kind: str, sm: int) -> np.ndarray:
         ("sinks", "int8", 90),
         ("sinks", "int8", 100),
         ("sinks", "int8_scores", 90),
-        ("frames_differ", "fp8_scores", 90),
+        ("rows_differ", "fp8_scores", 90),
         ("rows_differ", "fp8", 90),  # unpacked by the same for both
         ("rows_differ", "nvfp4", 90),
         ("frames_differ", "nvfp4", 90),

@@ -26,7 +26,7 @@ def balanced(frames: int, ranks: int) -> shapes.Shape:
     return shapes.Shape(Table.of(table), **shapes.WAN_5B | dict(heads=heads))
 
 
-CALLS = {f"5b_{frames}_frames_4_ranks": balanced(frames, 4) for frames in (96, 192)} | {
+CALLS = {f"5b_{frames}_frames_4_ranks": balanced(frames, 4) for frames in (96, 192, 384)} | {
     name: shapes.SHAPES[name] for name in ("1.3b_16s", "1.3b_window")
 }
 

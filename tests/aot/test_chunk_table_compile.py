@@ -53,7 +53,9 @@ COMPILED = {
         ("h100", "5b_192_frames_4_ranks", "4"),  # in `jax.shard_map`
         ("h100", "1.3b_16s", "1"),
         ("h100", "1.3b_window", "1"),
+        ("h100", "5b_384_frames_4_ranks", "1"),
         ("b200", "5b_96_frames_4_ranks", "1"),
+        ("b200", "5b_384_frames_4_ranks", "1"),
         ("b200", "1.3b_window", "1"),
     ],
 )
