@@ -299,7 +299,9 @@ def check_attention(cfg: ModelConfig, dtype: Any) -> None:
         visible = jnp.ones((1, frames, stream.window), bool)
         attn = Cached(angles, own, own, visible, read, backend=stream.attention)
         x = jnp.zeros((1, frames * tokens, cfg.dit.heads, cfg.dit.head_dim), dtype)
-        return attn(x, x, x, LayerCache(cache.k, cache.v, jnp.int32(0)))[0]
+        prompt = jnp.zeros((1, 1, cfg.dit.text_len, cfg.dit.heads, cfg.dit.head_dim), dtype)
+        out = attn(x, x, x, LayerCache(cache.k, cache.v, jnp.int32(0)))[0]
+        return attn.text(out[:, None], prompt, prompt)
 
     jax.eval_shape(attend)
 

@@ -21,6 +21,8 @@ from longlive_kernels.attention.chunk_table import (
 )
 from longlive_kernels.attention.tile import GROUPS, TILE
 
+from longlive_jax.dit.attention import attend
+
 
 def sized(table: np.ndarray, tokens: int, **other) -> shapes.Shape:
     model = dict(heads=1, width=64, rows=1, columns=tokens) | other
@@ -105,6 +107,22 @@ def test_rows_without_a_key_are_zero(sm):
     assert empty.any() and not empty.all()
     for x in ours("no_keys", sm)[:2]:  # the output, and the gradient of q
         assert not x[:, empty].any() and x[:, ~empty].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [90, 100])
+def test_a_prompt_is_attended(sm):
+    """Everything sees everything, and there are fewer keys: neither divides into tiles."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (2, n, 2, 64), jnp.bfloat16)
+        for key, n in zip(keys, (264, 72, 72), strict=True)
+    )
+    everything = Table.of(np.ones((1, 1), bool))
+    with mosaic_on_cpu.simulated():
+        mine = jax.jit(functools.partial(mosaic.attend, table=everything, sm=sm))(q, k, v)
+    theirs = np.asarray(attend(*(x.astype(jnp.float32) for x in (q, k, v))))
+    assert np.abs(np.asarray(mine, np.float32) - theirs).max() <= 2**-7 * np.abs(theirs).max()
 
 
 @pytest.mark.slow

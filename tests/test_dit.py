@@ -1,13 +1,17 @@
 """The transformer against the references: RoPE, embeddings, masks, and every kind of forward."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import wan
+from longlive_kernels.attention.chunk_table import chunk_table
 
+from longlive_jax import sharding
 from longlive_jax.config import DiTConfig
-from longlive_jax.dit import mask
+from longlive_jax.dit import attention, mask
 from longlive_jax.dit.attention import masked
 from longlive_jax.dit.model import TextKV, layer_norm, modulate, sinusoid
 from longlive_jax.dit.rope import frequencies, phases, rotate
@@ -160,3 +164,29 @@ def test_04_masks(golden, name, kind, f, tokens, n, ranks):
     np.testing.assert_array_equal(
         ours, golden("longlive2", "04_masks")[f"out/mask/{name}"].astype(bool)
     )
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_prompts_are_attended_by_the_kernel_that_is_named(monkeypatch, ranks):
+    """Each segment of a video its own prompt, on whichever device the video is."""
+    asked = []
+
+    def attending(q, k, v, table, implementation):
+        asked.append((table, implementation))
+        return chunk_table(q, k, v, table)
+
+    monkeypatch.setattr(attention, "chunk_table", attending)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (4, 2, n, 3, 8)) for key, n in zip(keys, (12, 5, 5), strict=True)
+    )
+    none = jnp.zeros((4, 1), jnp.int32)
+    mesh = sharding.make_mesh(ranks, devices=jax.devices()[:ranks]) if ranks > 1 else None
+    visible = jnp.ones((4, 1, 1), bool)
+    attn = attention.Cached(jnp.zeros((4, 1, 4)), none, none, visible, backend="mosaic", mesh=mesh)
+    found = jax.jit(lambda attn, *given: attn.text(*given))(attn, q, k, v)
+    assert asked == [(attention.EVERYTHING, "mosaic")] * 2
+    np.testing.assert_allclose(found, attention.OfPrompts().text(q, k, v), atol=1e-5)
+    best = dataclasses.replace(attn, backend="best")
+    np.testing.assert_array_equal(best.text(q, k, v), attention.OfPrompts().text(q, k, v))
+    assert len(asked) == 2

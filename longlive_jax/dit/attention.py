@@ -32,6 +32,9 @@ KV = tuple[Any, Any]  # of all layers, kept in any way of `storage`
 Table = tuple[tuple[bool, ...], ...]  # rows of a boolean table: query frame, key frame
 
 
+EVERYTHING = ((True,),)  # a table in which all queries see all keys
+
+
 def attend(q: Heads, k: Keys, v: Keys) -> Heads:
     """softmax(q kᵀ / √d) v, the softmax in float32."""
     q, k, v = (
@@ -42,9 +45,24 @@ def attend(q: Heads, k: Keys, v: Keys) -> Heads:
     return jnp.swapaxes(jnp.einsum("banm,bamd->band", weights, v), 1, 2)
 
 
+class OfPrompts:
+    """How prompts are attended: the same wherever frames are not left to a kernel by name."""
+
+    def text(
+        self,
+        q: Float[Array, "b s n a d"],
+        k: Float[Array, "b s l a d"],
+        v: Float[Array, "b s l a d"],
+    ) -> Float[Array, "b s n a d"]:
+        """Each of s segments of a sequence attends its own prompt. Videos and segments stay two
+        axes: they may lie on different axes of a mesh.
+        """
+        return jax.vmap(lambda q, k, v: attend(q, k, v), 1, 1)(q, k, v)
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table"])
 @dataclasses.dataclass(frozen=True)
-class Masked:
+class Masked(OfPrompts):
     """Attention under a static table over latent frames (`mask.table`), for training and
     bidirectional models.
 
@@ -94,7 +112,7 @@ LAYERS = PartitionSpec(None, sharding.BATCH)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cached:
+class Cached(OfPrompts):
     """Attention over the slot table: writes this call's frames into their slots, then attends the
     visible slots.
 
@@ -135,6 +153,28 @@ class Cached:
         given = (ROWS, ROWS, LAYERS, PartitionSpec())
         return jax.shard_map(run, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
 
+    def text(
+        self,
+        q: Float[Array, "b s n a d"],
+        k: Float[Array, "b s l a d"],
+        v: Float[Array, "b s l a d"],
+    ) -> Float[Array, "b s n a d"]:
+        """`OfPrompts.text`. Our kernel writes no scores: those of a prompt of 512 tokens are more
+        than all else that a block moves between its products (`experiments/pointwise.py`).
+        """
+        if self.backend != "mosaic":
+            return super().text(q, k, v)
+        how = dict(table=EVERYTHING, implementation=self.backend)
+
+        def segments(q: Array, k: Array, v: Array) -> Array:
+            each = [chunk_table(q[:, i], k[:, i], v[:, i], **how) for i in range(q.shape[1])]
+            return jnp.stack(each, 1)
+
+        if self.mesh is None:
+            return segments(q, k, v)
+        given = dict(in_specs=(ROWS, ROWS, ROWS), out_specs=ROWS, check_vma=False)
+        return jax.shard_map(segments, mesh=self.mesh, **given)(q, k, v)
+
     def _write(self, call: Call, kept: KV, layer: Int[Array, ""]) -> tuple[Heads, KV]:
         q, new = self._turned(*call)
         place = storage.Place(layer, self.slots, self.chunk, self.final)
@@ -163,7 +203,7 @@ class Cached:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Beside:
+class Beside(OfPrompts):
     """`Cached`, but the memory stays as it is, and a call's own keys and values are attended beside
     it. For gradients: of every layer they keep what runs through the layers, which here is what is
     written and never read, [layers b f s a d], instead of the whole memory.

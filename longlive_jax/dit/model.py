@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from longlive_jax.config import DiTConfig
-from longlive_jax.dit.attention import attend
 from longlive_jax.layers import LayerNorm, Linear, RMSNorm, layer_norm
 
 
@@ -27,6 +26,9 @@ class Attn(Protocol):
     """See `dit.attention`."""
 
     def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]: ...
+
+    def text(self, q: Array, k: Array, v: Array) -> Array:
+        """Prompts b s l a d, attended by the s segments of a sequence, b s n a d."""
 
     def spread(self, x: Array) -> Array:
         """Says where a block's tokens, and their gradients, lie on several devices: left to itself,
@@ -131,17 +133,15 @@ class Block(nnx.Module):
         p = self.self_attn
         h, state = attn(p.queries(h), p.keys(h), p.values(h), state)
         x = x + gate(p.out(h), open_)
-        x = x + self._cross(self.norm(x), text)
+        x = x + self._cross(self.norm(x), text, attn)
         h = modulate(layer_norm(x, self.eps), shift2, scale2)
         h = self.ffn_out(jax.nn.gelu(self.ffn_in(h), approximate=True))
         return x + gate(h, open2), state
 
-    def _cross(self, x: Tokens, text: TextKV) -> Tokens:
+    def _cross(self, x: Tokens, text: TextKV, attn: Attn) -> Tokens:
         k, v = text.of_segments()
         q = self.cross_attn.queries(_grouped(x, k.shape[1]))  # b s n a d
-        # Videos and segments stay two axes: they may lie on different axes of a mesh.
-        out = jax.vmap(lambda q, k, v: attend(q, k, v), 1, 1)(q, k, v)
-        return self.cross_attn.out(out).reshape(x.shape)
+        return self.cross_attn.out(attn.text(q, k, v)).reshape(x.shape)
 
     def text_kv(self, text: Float[Array, "b s l c"]) -> TextKV:
         return TextKV(self.cross_attn.keys(text), self.cross_attn.values(text))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from longlive_kernels.attention.chunk_table import chunk_table
 
 from longlive_jax import sharding
-from longlive_jax.dit.attention import Heads, Table, named
+from longlive_jax.dit.attention import Heads, OfPrompts, Table, named
 from longlive_jax.dit.rope import rotate
 from longlive_jax.sharding import BATCH, SEQ
 
@@ -23,7 +23,7 @@ from longlive_jax.sharding import BATCH, SEQ
     meta_fields=["table", "mesh", "backend"],
 )
 @dataclasses.dataclass(frozen=True)
-class Ulysses:
+class Ulysses(OfPrompts):
     """Attention under a table, by the exchange of DeepSpeed-Ulysses (arXiv 2309.14509; LongLive 2.0
     section 2.1, `distributed/sequence_parallel.py`).
 

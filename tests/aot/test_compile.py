@@ -106,7 +106,8 @@ def test_a_chunk_by_our_kernel_is_one_program_in_place(gpu, name, kv):
     )
     *text, said = made.stdout.splitlines()
     text, (peak, alias, temporary) = "\n".join(text), map(int, said.split()[1:])
-    assert len(re.findall(r'custom_call_target="mosaic_gpu', text)) == 2  # steps, clean pass
+    # Frames and the prompt, in the steps and in the clean pass.
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', text)) == 4
     assert goes_alone(text)
     assert peak < MEMORY[gpu]
     bits = {"model": 16, "fp8_scores": 8, "nvfp4": 4}[kv]
