@@ -43,8 +43,8 @@ def begin(
         raise InputError(f"history is a number of chunks from 0 on, not {history}")
     cfg, text, given, notes = model.config, model.prompt_kv([prompt]), None, ()
     if image is not None:
-        picture = media.read_image(image, cfg.height, cfg.width)
-        given, notes = _encode(model.vae, _floats(picture.frames)), (picture.note,)
+        given, note = picture(model, image)
+        notes = (note,)
     carry = coder.init_carry(model.vae, 1, cfg.height, cfg.width)
     state = State(rollout.begin(cfg, [seed], text.k.dtype), carry, text)
     position = Position(prompt=prompt, whole=prompt)
@@ -57,6 +57,15 @@ def begin(
     notes = tuple(filter(None, notes))
     choices = dict(given=given, history=history, vae_device=vae_device, notes=notes, seed=seed)
     return Session(model, state, position, solver=model.solver(steps), **choices)
+
+
+def picture(model: Model, image: Pixels) -> tuple[Latents, str]:
+    """The latent frame of a picture, b 1 h w c, and what was done to make it fit; "" is nothing.
+
+    Raises InputError for what cannot be read.
+    """
+    found = media.read_image(image, model.config.height, model.config.width)
+    return _encode(model.vae, _floats(found.frames)), found.note
 
 
 def _continued(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import streams
 import training
+from test_media import still
 from training import SMALL, lines, same
 
 import longlive_jax
@@ -135,7 +136,7 @@ BIDIRECTIONAL = DMDConfig(1, shift=3.0, real_guidance=3.0, causal=False, whole=T
         (LONG, 0, dict(judge=BIDIRECTIONAL, through="straight", same_exit=False)),
         (ONE, 2, dict(precision=(("student", "nvfp4"), ("teacher", "int8"), ("critic", "fp8")))),
     ],
-    ids=["straight", "shots in few bits"],
+    ids=["straight", "shots from a picture, in few bits"],
 )
 def test_a_larger_teacher_and_all_that_has_a_name(tmp_path, given, clips, shot, changes):
     """A teacher that sees whole clips, a memory with a gradient and exits of their own; shots, and
@@ -144,8 +145,12 @@ def test_a_larger_teacher_and_all_that_has_a_name(tmp_path, given, clips, shot, 
     teacher = training.write_model(tmp_path / "teacher", dataclasses.replace(SMALL, dit=OTHER))
     party = Party(Learning(2), dataclasses.replace(OPTIMIZER, steps=1, warmup=0))
     made = given(clips, teacher=str(teacher), student=party, fake=party, every=1, **changes)
-    if shot:
-        made = dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, shot=shot))
+    if shot:  # of videos that begin with a picture
+        still(tmp_path / "a.png", np.full((SMALL.height, SMALL.width, 3), 99, np.uint8))
+        line = json.dumps({"prompts": ["a red circle", "a blue square"], "image": "a.png"})
+        (tmp_path / "prompts.jsonl").write_text(line)
+        told = dict(shot=shot, file=str(tmp_path / "prompts.jsonl"))
+        made = dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, **told))
     run = Run(made, tmp_path / "run")
     begun, after = run._begin(), run.train()
     (line,) = values(tmp_path / "run")
@@ -154,9 +159,9 @@ def test_a_larger_teacher_and_all_that_has_a_name(tmp_path, given, clips, shot, 
         (after.weights, begun.weights),
         (after.critic.weights, begun.critic.weights),
     ):
-        still = [name for name, x in learned.items() if np.array_equal(x, before[name])]
+        unmoved = [name for name, x in learned.items() if np.array_equal(x, before[name])]
         # A's gradient goes through B, which begins at zero.
-        assert all(name.endswith("lora_a") for name in still) and len(still) < len(learned)
+        assert all(name.endswith("lora_a") for name in unmoved) and len(unmoved) < len(learned)
 
 
 def test_both_learn(tmp_path, given):
@@ -344,6 +349,25 @@ def test_sequences_have_shots_or_a_switch(model, prompts):
     same(jax.tree.leaves(next(made)), jax.tree.leaves(following))
 
 
+def test_sequences_begin_with_pictures(tmp_path, model):
+    """Those of their lines, as sessions begin with them."""
+    rng, loaded = np.random.default_rng(0), longlive_jax.load(str(model))
+    told = []
+    for name in ("one.png", "two.png"):
+        picture = rng.integers(0, 256, (loaded.config.height, loaded.config.width, 3), np.uint8)
+        still(tmp_path / name, picture)
+        told.append(json.dumps({"prompts": [f"a picture, {name}"], "image": name}))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(told))
+    made = Prompts(loaded, PromptConfig(str(path), 3, 2), sharding.make_mesh())
+    plot = next(made)
+    for row in range(2):
+        line = made.lines[row]
+        expected = loaded.session(line.prompts[0], image=str(line.image)).given
+        np.testing.assert_array_equal(plot.given[row : row + 1], expected)
+    assert not np.array_equal(plot.given[0], plot.given[1])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -351,6 +375,10 @@ def test_sequences_have_shots_or_a_switch(model, prompts):
         ('["a",', "line 1: "),
         ("[3]", "line 1 is no list of prompts"),
         ('a\n["b", "c"]', "line 1 has no prompt to switch to"),
+        ('{"prompts": ["a", "b"]}', 'line 1 is no object of "prompts" and "image"'),
+        ('{"prompts": "a", "image": "here"}', "line 1: there is no picture .*here"),
+        ('{"prompts": "a", "image": "prompts.txt"}', "line 1 is no list of prompts"),
+        ('a\n{"prompts": ["a"], "image": "prompts.txt"}', "has lines with a picture, and lines"),
     ],
 )
 def test_bad_prompts_are_refused(tmp_path, model, text, message):

@@ -1,6 +1,8 @@
 """Sequences to make, from a file of prompts: no videos are needed to distil.
 
-A line is a prompt, or a JSON list of them: the shots of a video, or what it is switched to.
+A line is a prompt, or a JSON list of them: the shots of a video, or what it is switched to. Or all
+are objects with "prompts", such a list, and "image", the picture that the video begins with: a path
+from where the file is.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from longlive_jax import sharding
+from longlive_jax import opening, sharding
 from longlive_jax.errors import InputError
 from longlive_jax.model import Model
 from longlive_jax.train.sequence import Plot
@@ -66,7 +68,15 @@ class PromptConfig:
         return 2 if self.switch is not None else -(-self.chunks // self.shot) if self.shot else 1
 
 
-def read(path: pathlib.Path) -> list[list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What one sequence is made of."""
+
+    prompts: list[str]
+    image: pathlib.Path | None = None
+
+
+def read(path: pathlib.Path) -> list[Line]:
     """The lines of a file. Raises InputError for a file, or a line, that cannot be read."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
@@ -75,19 +85,29 @@ def read(path: pathlib.Path) -> list[list[str]]:
     found = [_line(path, i, line) for i, line in enumerate(lines, 1) if line]
     if not found:
         raise InputError(f"{path} has no prompts")
+    if 0 < sum(line.image is None for line in found) < len(found):
+        raise InputError(f"{path} has lines with a picture, and lines without one")
     return found
 
 
-def _line(path: pathlib.Path, number: int, line: str) -> list[str]:
-    if not line.startswith("["):
-        return [line]
+def _line(path: pathlib.Path, number: int, line: str) -> Line:
+    if line[0] not in "[{":
+        return Line([line])
     try:
-        prompts = json.loads(line)
+        told = json.loads(line)
     except ValueError as error:
         raise InputError(f"{path}, line {number}: {error}") from error
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+    image, prompts = None, told
+    if isinstance(told, dict):
+        if told.keys() != {"prompts", "image"} or not isinstance(told["image"], str):
+            raise InputError(f'{path}, line {number} is no object of "prompts" and "image"')
+        image, prompts = path.parent / told["image"], told["prompts"]
+        if not image.is_file():
+            raise InputError(f"{path}, line {number}: there is no picture {image}")
+    listed = isinstance(prompts, list) and prompts
+    if not listed or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise InputError(f"{path}, line {number} is no list of prompts")
-    return prompts
+    return Line(prompts, image)
 
 
 class Prompts:
@@ -100,7 +120,8 @@ class Prompts:
     def __init__(self, model: Model, cfg: PromptConfig, mesh: Mesh):
         self.cfg, self.mesh, self.taken = cfg, mesh, 0
         lines = read(pathlib.Path(cfg.file))
-        if cfg.switch is not None and (short := [i for i, x in enumerate(lines, 1) if len(x) < 2]):
+        short = [i for i, line in enumerate(lines, 1) if len(line.prompts) < 2]
+        if cfg.switch is not None and short:
             raise InputError(f"{cfg.file}, line {short[0]} has no prompt to switch to")
         share = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
         if cfg.batch % share:
@@ -112,15 +133,21 @@ class Prompts:
         self._said = functools.lru_cache(4096)(
             lambda prompt: np.asarray(model.text([prompt])[0], np.float32)
         )
+        self._seen = functools.lru_cache(4096)(
+            lambda image: np.asarray(opening.picture(model, image)[0][0], np.float32)
+        )
 
     def __next__(self) -> Plot:
         cfg = self.cfg
-        rows = [self._row(self.taken + i) for i in range(cfg.batch)]
+        numbers = range(self.taken, self.taken + cfg.batch)
+        rows, images = [self._row(i) for i in numbers], [self.lines[i].image for i in numbers]
         self.taken += cfg.batch
         prompts, *parts = zip(*rows, strict=True)
         context = np.stack([np.stack([self._said(p) for p in row]) for row in prompts])
         negative = np.broadcast_to(self._said(""), (cfg.batch, *context.shape[2:]))
-        return Plot(*map(self._put, (context, negative, *map(np.stack, parts))))
+        told = map(self._put, (context, negative, *map(np.stack, parts)))
+        given = None if images[0] is None else self._put(np.stack([*map(self._seen, images)]))
+        return Plot(*told, given)
 
     def get_state(self) -> dict[str, Any]:
         return {"taken": self.taken}
@@ -130,7 +157,7 @@ class Prompts:
 
     def _row(self, number: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
         """Prompts, and for every chunk which of them, whether it is cut, whether switched."""
-        cfg, line = self.cfg, self.lines[number]
+        cfg, line = self.cfg, self.lines[number].prompts
         chunk = np.arange(cfg.chunks)
         prompt, cut, switch = (np.zeros(cfg.chunks, kind) for kind in (np.int32, bool, bool))
         if cfg.shot:
