@@ -36,6 +36,7 @@ _GPU = flags.DEFINE_string("gpu", "h100", "Which one; longlive plan --help lists
 _LAYERS = flags.DEFINE_integer("layers", 30, "Of the transformers.", 1)
 _DEVICES = flags.DEFINE_integer("devices", 8, "GPUs of one machine.", 1)
 _VIDEOS = flags.DEFINE_integer("videos", 1, "On each GPU.", 1)
+_THROUGH = flags.DEFINE_enum("through", "stop", SelfForcing.THROUGH, "A rollout's memory.")
 _ROWS = flags.DEFINE_list("rows", None, "Numbers of rows; all by default.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers.")
 
@@ -95,6 +96,7 @@ def programs(
     mesh = sharding.make_mesh(1, count, devices=devices)
     party = Party(Learning(row.rank), OptimizerConfig(1e-5, 1000))
     roll = SelfForcing(cfg.stream, sampler.make(cfg.sampler), Flow(cfg.sampler.shift))
+    roll = dataclasses.replace(roll, through=_THROUGH.value)
     judge = DMDConfig(cfg.stream.chunk, shift=cfg.sampler.shift)
     clips = Clips(first=4, next=4, length=4)
     program = Program(cfg, party, party, roll, judge, clips, mesh, jnp.bfloat16)

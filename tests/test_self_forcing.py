@@ -264,6 +264,37 @@ def test_a_clip_is_made_as_it_will_be_served(rope):
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_memory_does_not_grow_with_the_clip():
+    """It does by a memory for every chunk, and what blocks begin with, if it has a gradient."""
+    dit = wan.longlive2("gen")
+    stream, steps = StreamConfig(CHUNK, window=6, sink=2), SamplerConfig("euler", 2, 5.0)
+    flat = weights.flatten(dit)
+
+    def needed(chunks, through):
+        cfg = SelfForcing(stream, sampler.make(steps), Flow(5.0), through=through)
+        memory = streams.begin(dit, stream, steps)
+        none = jnp.zeros((1, chunks), bool)
+        told = Script(jnp.zeros((1, 1, 5, dit.cfg.text_dim)), none.astype(jnp.int32), none, none)
+        latents = jnp.zeros((1, chunks * CHUNK, *memory.held.latents.shape[2:]))
+        inputs = latents.reshape(1, chunks, CHUNK, *latents.shape[2:]).swapaxes(0, 1)
+        clip = Clip(latents, inputs, jnp.zeros(chunks, jnp.int32))
+
+        leaves, tree = jax.tree.flatten((flat, memory, told, clip, latents))
+
+        def run(leaves):
+            build, given = functools.partial(weights.unflatten, dit), tree.unflatten(leaves)
+            return self_forcing.gradient(build, *given, cfg)
+
+        made = streams.jit(run).lower(leaves).compile()
+        return made.memory_analysis().temp_size_in_bytes
+
+    assert needed(12, "stop") <= 1.1 * needed(3, "stop")
+    cache = streams.begin(dit, stream, steps).cache
+    window = cache.k.nbytes + cache.v.nbytes
+    grown = (needed(12, "straight") - needed(3, "straight")) / 9
+    assert window < grown < 3 * window
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
