@@ -4,10 +4,12 @@ import json
 
 import fake
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import streams
 import training
+from longlive_kernels import arch
 from test_report import HEAD
 
 import longlive_jax
@@ -51,6 +53,15 @@ def test_every_way_is_measured(model):
     said = json.loads(found.to_json())
     assert said["spread"]["plain 2"]["ratio"] > 0
     assert list(said)[: len(HEAD)] == list(HEAD) and said["suite"] == "train"
+
+
+@pytest.mark.parametrize(("sm", "names"), [(None, ["xla"]), (90, ["xla", "mosaic"])])
+def test_a_kernel_is_measured_where_it_runs(monkeypatch, sm, names):
+    monkeypatch.setattr(arch, "default", lambda: sm)
+    args = [jnp.zeros((1, 128, 2, 128), jnp.bfloat16)] * 3
+    found = bench_train.able(((True,),), args, dense=False)
+    assert found == names
+    assert bench_train.able(((True,),), args, dense=True) == ["xla", "reference", *names[1:]]
 
 
 def test_every_way_of_encoding_gives_the_same_latents(model):
