@@ -268,9 +268,9 @@ def test_memory_does_not_grow_with_the_clip():
     """It does by a memory for every chunk, and what blocks begin with, if it has a gradient."""
     dit = wan.longlive2("gen")
     stream, steps = StreamConfig(CHUNK, window=6, sink=2), SamplerConfig("euler", 2, 5.0)
-    flat = weights.flatten(dit)
 
-    def needed(chunks, through):
+    def needed(chunks, through, dit=dit):
+        flat = weights.flatten(dit)
         cfg = SelfForcing(stream, sampler.make(steps), Flow(5.0), through=through)
         memory = streams.begin(dit, stream, steps)
         none = jnp.zeros((1, chunks), bool)

@@ -189,7 +189,8 @@ def replay(
         x0, own = _exit(live, x, exit_, _text(live, script.at(i)), attn, kv, cfg, known)
         rows = jnp.arange(attn.slots.shape[0])[:, None]
         kv = tuple(old.at[:, rows, attn.slots].set(new) for old, new in zip(kv, own, strict=True))
-        still = jax.lax.stop_gradient(x0)
+        # Of the clean pass only values are used.
+        memory, still = jax.lax.stop_gradient((memory, x0))
         memory = _close(dit, memory, still, text, attn, cfg, draw, known)
         after = memory.cache.k, memory.cache.v
         k, v = jax.tree.map(lambda to, by: jax.lax.stop_gradient(to - by) + by, after, kv)
@@ -226,13 +227,25 @@ def _open(
     memory = dataclasses.replace(memory, shot=memory.shot + script.cut[:, 0].astype(jnp.int32))
 
     def reread(memory: Rollout) -> Rollout:
-        stream = cfg.stream
-        return rollout.recache(
-            dit, memory, text, script.switch[:, 0], stream=stream, how=stream.recache
-        )
+        which, how = script.switch[:, 0], dict(stream=cfg.stream, how=cfg.stream.recache)
+        # What is read anew has no gradient, which would keep what every layer read.
+        before, seen = jax.lax.stop_gradient((memory, text))
+        made = jax.lax.stop_gradient(rollout.recache(dit, before, seen, which, **how))
+        return made if cfg.through == "stop" else _where(which, made, memory)
 
     memory = jax.lax.cond(script.switch.any(), reread, lambda memory: memory, memory)
     return *rollout.enter(dit, memory, cfg.stream.chunk, cfg.stream), text
+
+
+def _where(which: Bool[Array, " b"], made: Rollout, memory: Rollout) -> Rollout:
+    """`made`, with the keys and values of `memory` for videos that are not among `which`."""
+
+    def chosen(new: Array, old: Array) -> Array:  # layers b …
+        rows = jnp.tile(which, new.shape[1] // which.shape[0])
+        return jnp.where(rows.reshape(1, -1, *(1,) * (new.ndim - 2)), new, old)
+
+    k, v = jax.tree.map(chosen, (made.cache.k, made.cache.v), (memory.cache.k, memory.cache.v))
+    return dataclasses.replace(made, cache=dataclasses.replace(made.cache, k=k, v=v))
 
 
 def _known(memory: Rollout, script: Script) -> tuple[Array, Array] | None:
