@@ -84,7 +84,12 @@ def plot(cfg: ModelConfig, batch: int, mesh: Mesh) -> tuple:
 
 
 def programs(
-    row: Row, cfg: ModelConfig, gpu: gpus.GPU, count: int, videos: int
+    row: Row,
+    cfg: ModelConfig,
+    gpu: gpus.GPU,
+    count: int,
+    videos: int = 1,
+    through: str = "stop",
 ) -> dict[str, jax.stages.Compiled]:
     """The student's step and the critic's, on `count` devices with so many videos on each."""
     devices = topologies.get_topology_desc(
@@ -95,8 +100,8 @@ def programs(
     ).devices
     mesh = sharding.make_mesh(1, count, devices=devices)
     party = Party(Learning(row.rank), OptimizerConfig(1e-5, 1000))
-    roll = SelfForcing(cfg.stream, sampler.make(cfg.sampler), Flow(cfg.sampler.shift))
-    roll = dataclasses.replace(roll, through=_THROUGH.value)
+    flow = Flow(cfg.sampler.shift)
+    roll = SelfForcing(cfg.stream, sampler.make(cfg.sampler), flow, through=through)
     judge = DMDConfig(cfg.stream.chunk, shift=cfg.sampler.shift)
     clips = Clips(first=4, next=4, length=4)
     program = Program(cfg, party, party, roll, judge, clips, mesh, jnp.bfloat16)
@@ -131,7 +136,7 @@ def main(_):
     gpu = gpus.find(_GPU.value)
     found = {}
     for row in rows:
-        made = programs(row, cfg, gpu, _DEVICES.value, _VIDEOS.value)
+        made = programs(row, cfg, gpu, _DEVICES.value, _VIDEOS.value, _THROUGH.value)
         found[row.name] = {which: peak(program) for which, program in made.items()}
     table = Table("student, teacher, critic", "student's step", "critic's step", title=gpu.title)
     for name, each in found.items():
