@@ -32,6 +32,7 @@ from longlive_jax.train.state import OptimizerConfig
 LONG = Clips(first=3, next=2, length=7, newest=True)
 ONE = Clips(first=3, next=3, length=3)
 OPTIMIZER = OptimizerConfig(1e-2, 4, warmup=1, b1=0.5, ema=0.5)
+SGD = dataclasses.replace(OPTIMIZER, kind="sgd")
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +237,7 @@ def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
         (dict(precision=(("teacher", "fp4"),)), "precision of the teacher: blocks.* in 'fp4'"),
         (dict(precision=(("judge", "int8"),)), "precision of 'judge': choose student, "),
         (dict(dtype="float16"), "dtype 'float16': choose one of"),
+        (dict(fake=Party(Learning(2), SGD)), "unknown optimizer 'sgd'; choose adamw or muon"),
         (dict(every=0), "the student takes a step every 0: at least every 1"),
         (dict(steps=2, timesteps=(9,)), "rolled out: the euler solver places its own timesteps"),
         (dict(steps=-1), "cannot be rolled out: a sampler takes at least 1 step, not -1"),

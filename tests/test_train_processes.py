@@ -136,7 +136,7 @@ def distilled(model, prompts):
     party = dict(rank=2, learning_rate=1e-2, steps=2, warmup=1, b1=0.5, ema=0.5)
     return dict(
         model=str(model),
-        prompts=dict(file=str(prompts), batch=4, switch=[3, 4], seed=1),
+        prompts=dict(file=str(prompts), batch=4, switch=[3, 3, 1], seed=1),
         clips=dict(first=3, next=2, length=5, newest=True),
         judge=dict(real_guidance=1.0),
         student=party,

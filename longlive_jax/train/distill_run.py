@@ -29,6 +29,7 @@ from longlive_jax.train.learning import Learning
 from longlive_jax.train.prompts import PromptConfig, Prompts
 from longlive_jax.train.self_forcing import SelfForcing
 from longlive_jax.train.sequence import Plot, Sequence
+from longlive_jax.train.state import optimizer
 from longlive_jax.train.trainer import DTYPES
 from longlive_jax.weights import Weights
 
@@ -235,6 +236,11 @@ def check(cfg: DistillConfig) -> None:
     """Raises InputError where parts of a config do not go together."""
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype {cfg.dtype!r}: choose one of {', '.join(DTYPES)}")
+    for party in (cfg.student, cfg.fake):
+        try:
+            optimizer(party.optimizer)
+        except ValueError as error:
+            raise InputError(str(error)) from error
     if cfg.every < 1:
         raise InputError(f"the student takes a step every {cfg.every}: at least every 1")
     if cfg.prompts.chunks != cfg.clips.length:
@@ -242,13 +248,7 @@ def check(cfg: DistillConfig) -> None:
             f"prompts are for sequences of {cfg.prompts.chunks} chunks, clips for sequences of"
             f" {cfg.clips.length}"
         )
-    if cfg.clips.newest:
-        within = [chunk for chunk in cfg.prompts.switches if not cfg.clips.begins(chunk)]
-        if within:
-            raise InputError(
-                f"a switch at chunk {within[0]} is inside a clip, which is judged by one prompt:"
-                f" clips begin at chunks {cfg.clips.first}, {cfg.clips.first + cfg.clips.next}, …"
-            )
+    _check_switches(cfg)
     if cfg.judge.chunk != cfg.stream.chunk:
         raise InputError(
             f"clips are judged in chunks of {cfg.judge.chunk}, and made in chunks of"
@@ -258,6 +258,16 @@ def check(cfg: DistillConfig) -> None:
     for role, kind in cfg.precision:
         if not ranks.get(role, 1):
             raise InputError(f"the {role} in {kind}: what is learned whole stays as it is")
+
+
+def _check_switches(cfg: DistillConfig) -> None:
+    clips = cfg.clips
+    within = [chunk for chunk in cfg.prompts.switches if not clips.begins(chunk)]
+    if clips.newest and within:
+        raise InputError(
+            f"a switch at chunk {within[0]} is inside a clip, which is judged by one prompt: clips"
+            f" begin at chunks {clips.first}, {clips.first + clips.next}, …"
+        )
 
 
 def tuned(model: Model, learning: Learning, learned: dict[str, Any]) -> Model:

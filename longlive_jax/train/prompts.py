@@ -47,6 +47,8 @@ class PromptConfig:
         if self.shot and self.switch is not None:
             raise ValueError("a sequence has shots or a switch, not both")
         if self.switch is not None:
+            if len(self.switch) != 3:
+                raise ValueError(f"a switch is at chunks (first, last, apart), not {self.switch}")
             first, last, apart = self.switch
             if not 0 < first <= last < self.chunks or apart < 1:
                 raise ValueError(

@@ -32,12 +32,6 @@ class OptimizerConfig:
     ema: float = 0.998
     ema_start: int = 0  # the average follows the weights themselves before this step
 
-    KINDS = ("adamw", "muon")
-
-    def __post_init__(self):
-        if self.kind not in self.KINDS:
-            raise ValueError(f"unknown optimizer {self.kind!r}; choose {' or '.join(self.KINDS)}")
-
     def schedule(self, peak: float) -> optax.Schedule:
         plateau = max(int(self.steps * (1 - self.decay)), self.warmup)
         end = plateau + max(1, self.steps - int(self.steps * (1 - self.decay)))
@@ -76,16 +70,18 @@ def optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         return optax.chain(
             clip, optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
         )
-    adam = cfg.schedule(cfg.learning_rate * cfg.adam_ratio)
-    return optax.chain(
-        clip,
-        muon(
-            rate,
-            adam_learning_rate=adam,
-            adam_b2=cfg.b2,
-            muon_weight_dimension_numbers=_muon_axes,
-        ),
-    )
+    if cfg.kind == "muon":
+        adam = cfg.schedule(cfg.learning_rate * cfg.adam_ratio)
+        return optax.chain(
+            clip,
+            muon(
+                rate,
+                adam_learning_rate=adam,
+                adam_b2=cfg.b2,
+                muon_weight_dimension_numbers=_muon_axes,
+            ),
+        )
+    raise ValueError(f"unknown optimizer {cfg.kind!r}; choose adamw or muon")
 
 
 def create(weights: Weights, cfg: OptimizerConfig) -> TrainState:
