@@ -29,6 +29,8 @@ Keys = Float[Array, "b m a d"]
 Frames = Float[Array, "b f s a d"]
 Call = tuple[Heads, Heads, Heads]  # q, k and v
 KV = tuple[Any, Any]  # of all layers, kept in any way of `storage`
+OfSegments = Float[Array, "b s n a d"]
+OfSaid = Float[Array, "b s l a d"]  # keys or values of each segment's prompt
 Table = tuple[tuple[bool, ...], ...]  # rows of a boolean table: query frame, key frame
 
 
@@ -48,12 +50,7 @@ def attend(q: Heads, k: Keys, v: Keys) -> Heads:
 class OfPrompts:
     """How prompts are attended: the same wherever frames are not left to a kernel by name."""
 
-    def text(
-        self,
-        q: Float[Array, "b s n a d"],
-        k: Float[Array, "b s l a d"],
-        v: Float[Array, "b s l a d"],
-    ) -> Float[Array, "b s n a d"]:
+    def text(self, q: OfSegments, k: OfSaid, v: OfSaid) -> OfSegments:
         """Each of s segments of a sequence attends its own prompt. Videos and segments stay two
         axes: they may lie on different axes of a mesh.
         """
@@ -153,12 +150,7 @@ class Cached(OfPrompts):
         given = (ROWS, ROWS, LAYERS, PartitionSpec())
         return jax.shard_map(run, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
 
-    def text(
-        self,
-        q: Float[Array, "b s n a d"],
-        k: Float[Array, "b s l a d"],
-        v: Float[Array, "b s l a d"],
-    ) -> Float[Array, "b s n a d"]:
+    def text(self, q: OfSegments, k: OfSaid, v: OfSaid) -> OfSegments:
         """`OfPrompts.text`. Our kernel writes no scores: those of a prompt of 512 tokens are more
         than all else that a block moves between its products (`experiments/pointwise.py`).
         """
