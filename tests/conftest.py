@@ -28,6 +28,14 @@ MOST_MAPS = 20_000
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(config, items):
+    """What takes many minutes runs where it is asked for: `-m every_shape`."""
+    if "every_shape" not in config.getoption("-m"):
+        long = [item for item in items if item.get_closest_marker("every_shape")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
     """Linux gives a process 65,530 pieces of memory, and every compiled program takes some: the

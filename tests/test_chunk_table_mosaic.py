@@ -24,20 +24,36 @@ from longlive_kernels.attention.tile import GROUPS, TILE
 from longlive_jax.dit.attention import attend
 
 
-def sized(table: np.ndarray, tokens: int, **other) -> shapes.Shape:
+def sized(table: Table | np.ndarray, tokens: int, **other) -> shapes.Shape:
     model = dict(heads=1, width=64, rows=1, columns=tokens) | other
     return shapes.Shape(Table.of(table), **model)
 
 
 # Frames have so many tokens that runs are whole tiles (as those of 5B), one and a third (as those
 # of 1.3B have a ragged end), or less than one.
-SIMULATED = {
-    "5b_2_ranks": sized(shapes.teacher_forcing(shapes.chunks(4, 2), ranks=2), 64),
-    "1.3b": sized(shapes.teacher_forcing(shapes.chunks(6, 3)), 56, width=128),
+TILED = {
+    "whole_tiles": sized(shapes.teacher_forcing(shapes.chunks(4, 2), ranks=2), 64),
+    "ragged_tiles": sized(shapes.teacher_forcing(shapes.chunks(6, 3)), 56, width=128),
     "window_of_images": sized(shapes.windowed(shapes.chunks(7, 3, first=1), 4, 1), 56),
-    "fewer_queries": sized(shapes.causal(shapes.chunks(4, 2))[2:], 72, heads=2, batch=2),
-    "no_keys": sized(shapes.causal(shapes.chunks(6, 1)) & (np.arange(6) > 1), 24),
+    "two_of_all": sized(shapes.causal(shapes.chunks(4, 2))[2:], 72, heads=2, batch=2),
 }
+
+
+def small(shape: shapes.Shape) -> shapes.Shape:
+    """The same table over few tokens of one head. The simulator takes seconds for a hundred tiles:
+    long tables are left six runs of queries, from the first to the last, and all keys.
+    """
+    table, width = shape.table, max(shape.width, 64)
+    if len(table.tiles) > 300:
+        runs = [np.arange(*run) for run in table.query_runs]
+        some = np.unique(np.linspace(0, len(runs) - 1, 6).round().astype(int))
+        table = Table.of(table.array[np.concatenate([runs[i] for i in some])])
+    return sized(table, 8, width=width, batch=min(shape.batch, 2))
+
+
+SMALL = {name: small(shape) for name, shape in shapes.SHAPES.items()}
+SIMULATED = TILED | SMALL
+ARCHITECTURES = (90, 100)
 
 
 def qkv(shape: shapes.Shape, dtype=jnp.bfloat16):
@@ -69,14 +85,14 @@ def simulated(name: str, sm: int, *operands):
 
 
 @functools.cache
-def ours(name: str, sm: int = 90):
+def ours(name: str, sm: int):
     return simulated(name, sm, *qkv(SIMULATED[name]))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("name", "sm"),
-    [*((name, 90) for name in SIMULATED), *((name, 100) for name in SIMULATED if name[0] != "w")],
+    "name", [*TILED, *(pytest.param(name, marks=pytest.mark.every_shape) for name in SMALL)]
 )
 def test_it_means_what_the_reference_means(name, sm):
     """bfloat16 has 8 bits: the output is off by its own rounding and that of the weights, 2^-8
@@ -93,14 +109,15 @@ def test_it_means_what_the_reference_means(name, sm):
 
 
 @pytest.mark.slow
-def test_runs_repeat_to_the_bit():
-    name = "fewer_queries"
-    for mine, again in zip(ours(name), ours.__wrapped__(name), strict=True):
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_runs_repeat_to_the_bit(sm):
+    name = "two_of_all"
+    for mine, again in zip(ours(name, sm), ours.__wrapped__(name, sm), strict=True):
         np.testing.assert_array_equal(np.asarray(mine, np.float32), np.asarray(again, np.float32))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_rows_without_a_key_are_zero(sm):
     shape = SIMULATED["no_keys"]
     empty = np.repeat(~shape.table.array.any(1), shape.tokens)
@@ -110,7 +127,7 @@ def test_rows_without_a_key_are_zero(sm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_a_prompt_is_attended(sm):
     """Everything sees everything, and there are fewer keys: neither divides into tiles."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -126,10 +143,10 @@ def test_a_prompt_is_attended(sm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_hidden_tiles_are_not_read(sm):
     """The first noisy frames see themselves alone. All other keys are NaN."""
-    shape = SIMULATED["5b_2_ranks"]
+    shape = SIMULATED["whole_tiles"]
     table = shape.table.array
     noisy = np.flatnonzero(table.sum(1) == 2)[2:4]
     seen = np.repeat(table[noisy[0]], shape.tokens)
@@ -137,9 +154,9 @@ def test_hidden_tiles_are_not_read(sm):
     assert (seen == rows).all() and seen.sum() == TILE
     q, k, v = qkv(shape)
     poison = jnp.asarray(np.where(seen, 0, np.nan)[None, :, None, None], jnp.bfloat16)
-    found = simulated("5b_2_ranks", sm, q, k + poison, v + poison)
+    found = simulated("whole_tiles", sm, q, k + poison, v + poison)
     # The output, and the gradient of q.
-    for mine, whole in zip(found[:2], ours("5b_2_ranks", sm)[:2], strict=True):
+    for mine, whole in zip(found[:2], ours("whole_tiles", sm)[:2], strict=True):
         mine, whole = (np.asarray(x, np.float32) for x in (mine, whole))
         np.testing.assert_array_equal(mine[:, rows], whole[:, rows])
         assert np.isnan(mine[:, ~rows]).any()
@@ -151,7 +168,8 @@ def test_blackwell_shares_stages_out():
     assert mosaic.GRADIENT.tile == mosaic.KEYS.tile
 
 
-LISTED = SIMULATED | {
+LISTED = TILED | {
+    "no_keys": sized(shapes.causal(shapes.chunks(6, 1)) & (np.arange(6) > 1), 24),
     "ranks_share_a_chunk": sized(shapes.teacher_forcing(shapes.chunks(8, 4), ranks=4), 16),
     "checkers": sized(np.indices((3, 5)).sum(0) % 2 == 1, 136),
     "all_hidden": sized(np.zeros((2, 3), bool), 72),
@@ -249,7 +267,7 @@ def test_blackwell_visits_what_its_blocks_see_and_no_more(name):
 
 def test_places_are_those_of_the_tiles():
     """Where a run is no multiple of them, places are left empty."""
-    for name in ("1.3b", "5b_2_ranks"):
+    for name in ("ragged_tiles", "whole_tiles"):
         shape = SIMULATED[name]
         places = mosaic_lists.places(shape.table, shape.tokens)
         n = shape.queries[1]
@@ -294,11 +312,11 @@ def test_it_is_never_the_default(monkeypatch, sm):
         assert api._backend("mosaic", x, x, x, table) is mosaic
 
 
-@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_it_goes_through_every_transformation(monkeypatch, sm):
     """As far as types: what is made of it runs on a GPU alone."""
     monkeypatch.setattr(arch, "default", lambda: sm)
-    shape = SIMULATED["fewer_queries"]
+    shape = SIMULATED["two_of_all"]
     attention = functools.partial(chunk_table, table=shape.table, implementation="mosaic")
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     heads, batch, whole = PartitionSpec(None, None, "x"), PartitionSpec("x"), PartitionSpec()

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
+from collections.abc import Callable
 from unittest import mock
 
 import jax
@@ -51,7 +53,7 @@ def sized(name: str, tokens: int, heads: int = 1) -> shapes.Shape:
     return dataclasses.replace(shapes.SHAPES[name], heads=heads, width=mosaic.WIDTH, tokens=tokens)
 
 
-SIMULATED = {
+TILED = {
     # Slots of a whole tile of keys, and one that is not; of less than that; of exactly one. Several
     # heads, of which each has its own keys, scales and place.
     "rows_differ": sized("rows_differ", 24, heads=3),
@@ -63,6 +65,7 @@ SIMULATED = {
     # Blocks of 128 queries and of 256 that are full, and one that is not.
     "one_slot": sized("one_slot", 264),
 }
+SIMULATED = {name: sized(name, 8) for name in shapes.SHAPES} | TILED
 ARCHITECTURES = (90, 100)
 
 
@@ -226,9 +229,9 @@ def test_gradients_go_through_rounded_queries():
         close(found, expected, FLOAT32)
 
 
-@functools.partial(jax.jit, static_argnames="by")
-def gradients(call: Call, by: xla.Steps):
-    """Of what is real of a call, by the reference and in steps, for a loss that weighs outputs."""
+@functools.partial(jax.jit, static_argnames="ways")
+def gradients(call: Call, ways: tuple[Callable[[Call], jax.Array], ...]) -> list[list[jax.Array]]:
+    """Of what is real of a call, by the reference and `ways`, for a loss that weighs outputs."""
     real, rest = ({n: getattr(call, n) for n in names} for names in (("q", "k", "v"), REST))
     fresh = call.fresh and (call.fresh.k, call.fresh.v)
     if call.fresh is not None:
@@ -237,28 +240,49 @@ def gradients(call: Call, by: xla.Steps):
 
     def loss(real, fresh, attend):
         new = call.fresh and Fresh(*fresh, call.fresh.slots)
-        out = attend(Call(**real, **rest, fresh=new))
+        out = attend(Call(**real, **rest, fresh=new)).astype(jnp.float32)
         return (out * jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)).sum()
 
-    ways = (reference.attend, lambda call: xla.by_steps(call, by))
-    return [jax.grad(loss, (0, 1) if fresh else 0)(real, fresh, way) for way in ways]
+    found = (
+        jax.grad(loss, (0, 1) if fresh else 0)(real, fresh, x) for x in (reference.attend, *ways)
+    )
+    return [jax.tree.leaves(x) for x in found]
 
 
 REST = ("visible", "layer", "read")
 
 
+def check_gradients(call: Call, tolerance: float, *ways: Callable[[Call], jax.Array]):
+    theirs, *found = gradients(call, ways)
+    assert len(theirs) == 3
+    largest = [np.abs(np.asarray(x, "f4")).max() for x in theirs]
+    # Some are zero: of what is not seen, and of the scores of a single key.
+    assert (max(largest) > 0.01) == bool(call.visible.any())
+    for ours in found:
+        for mine, its, most in zip(ours, theirs, largest, strict=True):
+            assert mine.dtype == its.dtype
+            mine, its = np.asarray(mine, "f4"), np.asarray(its, "f4")
+            assert np.abs(mine - its).max() <= tolerance * (most or 1)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("rows_differ", "float32"), ("frames_differ", "int8"), ("relative", "float32")],
+    [
+        ("rows_differ", "float32"),
+        ("frames_differ", "int8"),
+        ("relative", "float32"),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.every_shape)
+            for name in shapes.SHAPES
+            for kind in ("float32", "nvfp4")
+        ),
+    ],
 )
-def test_steps_have_the_gradient_of_the_reference(name, kind):
+def test_xla_has_the_gradient_of_the_reference(name, kind):
+    """At once, and in steps."""
     call = operands(name, kind)
-    for by in (ONE, xla.Steps(call.frames, 3)):
-        theirs, ours = (jax.tree.leaves(x) for x in gradients(call, by))
-        assert len(ours) == 3
-        for mine, its in zip(ours, theirs, strict=True):
-            assert np.abs(its).max() > 0.01
-            close(mine, its, FLOAT32)
+    ways = (functools.partial(xla.by_steps, by=by) for by in (ONE, xla.Steps(call.frames, 3)))
+    check_gradients(call, FLOAT32, xla.at_once, *ways)
 
 
 def test_a_step_is_as_large_as_scores_allow():
@@ -474,21 +498,33 @@ def simulated(name: str, kind: str, sm: int) -> np.ndarray:
         return np.asarray(attend(asked(name, kind)), "f4")
 
 
+BRIEF = [
+    *((name, "bfloat16", sm) for name in TILED for sm in ARCHITECTURES),
+    *((name, "nvfp4", sm) for name in ("frames_differ", "relative") for sm in ARCHITECTURES),
+    *(("sinks", "int8", sm) for sm in ARCHITECTURES),
+    ("rows_differ", "fp8", 90),  # unpacked by the same for both
+    ("rows_differ", "nvfp4", 90),
+    ("sinks", "int8_scores", 90),
+    ("rows_differ", "fp8_scores", 90),
+]
+OTHERS = [
+    *((name, "bfloat16", sm) for name in SIMULATED for sm in ARCHITECTURES),
+    *(
+        (name, kind, sm)
+        for name, kind in zip(SIMULATED, itertools.cycle(("nvfp4", "int8", "fp8")))
+        for sm in ARCHITECTURES
+    ),
+    ("5b_guidance", "int8_scores", 90),
+    ("frames_differ", "fp8_scores", 90),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "sm"),
     [
-        *((name, "bfloat16", sm) for name in SIMULATED for sm in ARCHITECTURES),
-        ("sinks", "int8", 90),
-        ("sinks", "int8", 100),
-        ("sinks", "int8_scores", 90),
-        ("rows_differ", "fp8_scores", 90),
-        ("rows_differ", "fp8", 90),  # unpacked by the same for both
-        ("rows_differ", "nvfp4", 90),
-        ("frames_differ", "nvfp4", 90),
-        ("frames_differ", "nvfp4", 100),
-        ("relative", "nvfp4", 90),
-        ("relative", "nvfp4", 100),
+        *BRIEF,
+        *(pytest.param(*x, marks=pytest.mark.every_shape) for x in OTHERS if x not in BRIEF),
     ],
 )
 def test_mosaic_means_what_the_reference_means(name, kind, sm):
@@ -498,6 +534,18 @@ def test_mosaic_means_what_the_reference_means(name, kind, sm):
     close(simulated(name, kind, sm), expected, BFLOAT16)
 
 
+@pytest.mark.every_shape
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["bfloat16", "nvfp4"])
+def test_mosaic_reads_a_table_of_one_layer_alone(kind, sm):
+    call = asked("ragged", kind)
+    alone = {name: kept.of_layer(getattr(call, name), call.layer) for name in "kv"}
+    with simulator():
+        attend = jax.jit(functools.partial(mosaic.attend, sm=sm))
+        found = attend(dataclasses.replace(call, layer=None, **alone))
+    np.testing.assert_array_equal(np.asarray(found, "f4"), simulated("ragged", kind, sm))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "sm"),
@@ -505,6 +553,17 @@ def test_mosaic_means_what_the_reference_means(name, kind, sm):
 )
 def test_runs_of_mosaic_repeat_to_the_bit(name, kind, sm):
     np.testing.assert_array_equal(simulated(name, kind, sm), simulated.__wrapped__(name, kind, sm))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ragged", "bfloat16"), ("frames_differ", "int8_scores")]
+)
+def test_mosaic_has_the_gradient_of_the_reference(name, kind):
+    """Two more roundings than forwards: of what is saved, and of gradients."""
+    with simulator():
+        attend = functools.partial(mosaic.attend, sm=90)
+        check_gradients(asked(name, kind), 2 * BFLOAT16, attend)
 
 
 @pytest.mark.slow

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from longlive_kernels.attention.sink_window import cudnn, reference, rows, shapes, tokamax
-from test_sink_window import BFLOAT16, FLOAT32, close, made, operands, run, sized
+from test_sink_window import (
+    BFLOAT16,
+    FLOAT32,
+    check_gradients,
+    close,
+    made,
+    operands,
+    run,
+    sized,
+)
 
 LIBRARIES = {"cudnn": cudnn, "tokamax": tokamax}
 ODD = [
@@ -55,6 +64,23 @@ def test_libraries_mean_what_the_reference_means(library, name, kind, dtype):
     if name in ("rows_differ", "nobody_sees"):
         nothing = ~shapes.SHAPES[name].table.any(2).repeat(operands(name, kind, dtype).tokens, 1)
         assert nothing.any() and not ours[nothing].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("rows_differ", "float32"),
+        ("frames_differ", "int8"),
+        *(pytest.param(x, "float32", marks=pytest.mark.every_shape) for x in shapes.SHAPES),
+    ],
+)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries_have_the_gradient_of_the_reference(library, name, kind):
+    if library == "tokamax":
+        pytest.importorskip("tokamax", reason="needs tokamax: pip install tokamax")
+    attend = functools.partial(LIBRARIES[library].attend, implementation="xla")
+    with jax.numpy_dtype_promotion("standard"):
+        check_gradients(operands(name, kind), FLOAT32, attend)
 
 
 @pytest.mark.parametrize("name", ["5b_guidance", "sinks", "frames_differ", "rows_differ"])

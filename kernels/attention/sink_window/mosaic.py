@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int32
 from longlive_kernels import arch
-from longlive_kernels.attention.sink_window import kept
+from longlive_kernels.attention.sink_window import kept, xla
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.kept import Kept, Scaled
 from longlive_kernels.attention.sink_window.visits import visits
+from longlive_kernels.attention.sink_window.vjp import differentiable
 from longlive_kernels.attention.tile import ROWS, UNITS, unsuited
 from longlive_kernels.nvfp4.format import BLOCK, NVFP4, RULES
 
@@ -132,8 +133,13 @@ def unsupported(call: Call, *, sm: int | None = None) -> str | None:
 
 
 def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
-    """See `api.sink_window`. sm: as `unsupported` takes it, which is asked before."""
-    units = _units(sm)
+    """See `api.sink_window`; its gradient is that of `xla`. sm: as `unsupported` takes it, which is
+    asked before.
+    """
+    return differentiable(functools.partial(_forward, units=_units(sm)), xla.attend)(call)
+
+
+def _forward(call: Call, *, units: str) -> Float[Array, "b n a d"]:
     kind, fresh = kept.kind(call.k), call.fresh
     stored, own = (call.visible, None) if fresh is None else kept.divided(call.visible, fresh)
     seen = [stored] if own is None else [stored, own]

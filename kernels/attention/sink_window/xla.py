@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from longlive_kernels.attention.sink_window import kept
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.kept import Kept
 from longlive_kernels.attention.sink_window.visits import visits
+from longlive_kernels.attention.sink_window.vjp import differentiable
 
 # Most scores in a step, batch and heads included, unless one slot has more: 128 MiB in float32.
 SCORES = 2**25
@@ -82,30 +82,11 @@ def at_once(call: Call) -> Float[Array, "b n a d"]:
 
 def by_steps(call: Call, by: Steps) -> Float[Array, "b n a d"]:
     """Its gradient goes through the steps again, and keeps the sums of one tile of queries."""
-    leaves, tree = jax.tree.flatten(call)
-    return _differentiable(leaves, tree, by)
+    once, again = (functools.partial(_forward, by=by, to_end=end) for end in (False, True))
+    return differentiable(once, again)(call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _differentiable(leaves: list[Array], tree: Any, by: Steps) -> Float[Array, "b n a d"]:
-    return _forward(tree.unflatten(leaves), by, to_end=False)
-
-
-def _saved(leaves: list[Array], tree: Any, by: Steps) -> tuple[Array, list[Array]]:
-    return _differentiable(leaves, tree, by), leaves
-
-
-def _backward(tree: Any, by: Steps, leaves: list[Array], grad: Array) -> tuple[list[Array]]:
-    def again(leaves: list[Array]) -> Array:
-        return _forward(tree.unflatten(leaves), by, to_end=True)
-
-    return jax.vjp(again, leaves)[1](grad)
-
-
-_differentiable.defvjp(_saved, _backward)
-
-
-def _forward(call: Call, by: Steps, *, to_end: bool) -> Float[Array, "b n a d"]:
+def _forward(call: Call, *, by: Steps, to_end: bool) -> Float[Array, "b n a d"]:
     """to_end: goes through lists to their ends, which are known beforehand, as gradients need."""
     passes = _passes(call)
 
