@@ -29,14 +29,15 @@ def define(default: str):
 
 def config_of(given: ConfigDict) -> DistillConfig:
     """The run that a config file and its overrides describe. It streams as its model does, but for
-    what it says of `stream`.
+    what it says of `stream`; `attention` is of clips that are made, and of those that are judged.
     """
     fields = given.to_dict()
     own = model.read_config(model.folder_of(fields["model"]))
     try:
         clips, prompts = Clips(**fields.pop("clips")), fields.pop("prompts")
-        stream = dataclasses.replace(own.stream, **fields.pop("stream", {}))
-        judge = dict(chunk=stream.chunk, shift=own.sampler.shift) | fields.pop("judge")
+        attends = dict(attention=fields.pop("attention", "best"))
+        stream = dataclasses.replace(own.stream, **attends | fields.pop("stream", {}))
+        judge = dict(chunk=stream.chunk, shift=own.sampler.shift) | attends | fields.pop("judge")
         switch = prompts.pop("switch", None)
         return DistillConfig(
             prompts=PromptConfig(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from longlive_kernels import arch
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +38,7 @@ _LAYERS = flags.DEFINE_integer("layers", 30, "Of the transformers.", 1)
 _DEVICES = flags.DEFINE_integer("devices", 8, "GPUs of one machine.", 1)
 _VIDEOS = flags.DEFINE_integer("videos", 1, "On each GPU.", 1)
 _THROUGH = flags.DEFINE_enum("through", "stop", SelfForcing.THROUGH, "A rollout's memory.")
+_ATTENTION = flags.DEFINE_enum("attention", "best", ("best", "mosaic"), "What attends.")
 _ROWS = flags.DEFINE_list("rows", None, "Numbers of rows; all by default.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers.")
 
@@ -90,6 +92,7 @@ def programs(
     count: int,
     videos: int = 1,
     through: str = "stop",
+    attention: str = "best",
 ) -> dict[str, jax.stages.Compiled]:
     """The student's step and the critic's, on `count` devices with so many videos on each."""
     devices = topologies.get_topology_desc(
@@ -98,11 +101,14 @@ def programs(
         target_config=gpu.describe(),
         topology=f"1x{count}x1",
     ).devices
+    # Which GPU our kernels are written for; the process has none.
+    arch.default = functools.partial(arch.of, devices[0])
     mesh = sharding.make_mesh(1, count, devices=devices)
     party = Party(Learning(row.rank), OptimizerConfig(1e-5, 1000))
     flow = Flow(cfg.sampler.shift)
-    roll = SelfForcing(cfg.stream, sampler.make(cfg.sampler), flow, through=through)
-    judge = DMDConfig(cfg.stream.chunk, shift=cfg.sampler.shift)
+    stream = dataclasses.replace(cfg.stream, attention=attention)
+    roll = SelfForcing(stream, sampler.make(cfg.sampler), flow, through=through)
+    judge = DMDConfig(stream.chunk, shift=cfg.sampler.shift, attention=attention)
     clips = Clips(first=4, next=4, length=4)
     program = Program(cfg, party, party, roll, judge, clips, mesh, jnp.bfloat16)
     made = functools.partial(network, cfg, mesh=mesh)
@@ -136,7 +142,8 @@ def main(_):
     gpu = gpus.find(_GPU.value)
     found = {}
     for row in rows:
-        made = programs(row, cfg, gpu, _DEVICES.value, _VIDEOS.value, _THROUGH.value)
+        how = _VIDEOS.value, _THROUGH.value, _ATTENTION.value
+        made = programs(row, cfg, gpu, _DEVICES.value, *how)
         found[row.name] = {which: peak(program) for which, program in made.items()}
     table = Table("student, teacher, critic", "student's step", "critic's step", title=gpu.title)
     for name, each in found.items():

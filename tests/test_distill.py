@@ -33,6 +33,7 @@ LONG = Clips(first=3, next=2, length=7, newest=True)
 ONE = Clips(first=3, next=3, length=3)
 OPTIMIZER = OptimizerConfig(1e-2, 4, warmup=1, b1=0.5, ema=0.5)
 SGD = dataclasses.replace(OPTIMIZER, kind="sgd")
+MOSAIC = dataclasses.replace(SMALL.stream, attention="mosaic")
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,8 @@ def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
         (dict(precision=(("judge", "int8"),)), "precision of 'judge': choose student, "),
         (dict(dtype="float16"), "dtype 'float16': choose one of"),
         (dict(fake=Party(Learning(2), SGD)), "unknown optimizer 'sgd'; choose adamw or muon"),
+        (dict(stream=MOSAIC), "attention: mosaic needs an NVIDIA GPU"),
+        (dict(judge=DMDConfig(1, attention="mosaic")), "attention: mosaic needs an NVIDIA GPU"),
         (dict(every=0), "the student takes a step every 0: at least every 1"),
         (dict(steps=2, timesteps=(9,)), "rolled out: the euler solver places its own timesteps"),
         (dict(steps=-1), "cannot be rolled out: a sampler takes at least 1 step, not -1"),

@@ -98,6 +98,13 @@ def test_the_stages_of_distillation_are_runs(distillation, monkeypatch, name, wh
     assert run.judge.causal == (name != "long_wan")
 
 
+def test_clips_are_made_and_judged_by_one_kernel(distillation):
+    config = module("configs/dmd_toy").get_config()
+    config.attention = "xla"
+    run = distillation.config_of(config)
+    assert run.stream.attention == run.judge.attention == "xla"
+
+
 def test_a_distillation_that_does_not_fit_is_named(distillation):
     config = module("configs/dmd_toy").get_config("steps2")
     config.clips.next = 5

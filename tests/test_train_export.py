@@ -1,11 +1,12 @@
 """A run as a model's folder."""
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 import training
-from training import begin, fields
+from training import SMALL, begin, fields
 
 import longlive_jax
 from longlive_jax import weights
@@ -22,7 +23,8 @@ def given(tmp_path_factory):
 
 
 def test_a_model_has_the_average_and_streams_as_it_was_trained(tmp_path, given):
-    run = begin(tmp_path / "run", given(optimizer__steps=2))
+    stream = dataclasses.replace(SMALL.stream, attention="xla")
+    run = begin(tmp_path / "run", given(optimizer__steps=2, ar__stream=stream))
     state = run.train()
     assert export.run(tmp_path / "run", tmp_path / "made") == 2
     model = longlive_jax.load(tmp_path / "made")
@@ -34,7 +36,8 @@ def test_a_model_has_the_average_and_streams_as_it_was_trained(tmp_path, given):
         for name, x in weights.flatten(model.dit).items()
     ]
     assert max(moved) > 0
-    assert model.config.stream == run.cfg.ar.stream
+    assert run.cfg.ar.stream.attention == "xla"
+    assert model.config.stream == dataclasses.replace(stream, attention="best")
     assert model.vae_fingerprint == began.vae_fingerprint
     assert model.fingerprint != began.fingerprint
     assert model.session("a red circle").next_chunk().shape == (1, 32, 32, 3)

@@ -84,7 +84,7 @@ def config(given: dict) -> trainer.TrainConfig:
     recycling = given.get("recycling")
     parts = dict(
         source=SourceConfig(**given["source"]),
-        ar=ARConfig(SMALL.stream, **given["ar"]),
+        ar=ARConfig(**dict(stream=SMALL.stream) | given["ar"]),
         optimizer=OptimizerConfig(**given["optimizer"]),
         recycling=None if recycling is None else RecyclingConfig(**recycling),
     )

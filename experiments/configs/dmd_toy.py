@@ -31,6 +31,7 @@ def _run(steps: int, rank: int = 32) -> dict:
         precision=dict(student="", teacher="", critic=""),  # of frozen weights
         through="stop",
         every=5,
+        attention="best",
         dtype="float32",
         log_every=10,
         save_every=50,

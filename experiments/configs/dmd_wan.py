@@ -30,6 +30,7 @@ def _run(steps: int, precision: dict | None = None) -> dict:
         student=dict(rank=128, learning_rate=1e-5, steps=5000, ema=0.99, ema_start=200) | ADAMW,
         fake=dict(rank=128, learning_rate=2e-6, steps=5000) | ADAMW,
         every=5,
+        attention="best",
         precision=dict(student="", teacher="", critic="") | (precision or {}),
         dtype="bfloat16",
         log_every=10,

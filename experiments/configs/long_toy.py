@@ -33,6 +33,7 @@ def _run(switch: tuple[int, int, int] | None) -> dict:
         precision=dict(student="", teacher="", critic=""),  # of frozen weights
         through="stop",
         every=5,
+        attention="best",
         dtype="float32",
         log_every=10,
         save_every=50,

@@ -42,6 +42,7 @@ def _run(
         through="straight",
         precision=dict(student="", teacher="", critic=""),  # of frozen weights
         every=5,
+        attention="best",
         dtype="bfloat16",
         log_every=10,
         save_every=100,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from longlive_kernels.attention.chunk_table import chunk_table
 from longlive_jax import sharding
 from longlive_jax.dit.attention import Heads, OfPrompts, Table, named
 from longlive_jax.dit.rope import rotate
+from longlive_jax.errors import InputError
 from longlive_jax.sharding import BATCH, SEQ
 
 
@@ -46,6 +48,21 @@ class Ulysses(OfPrompts):
         local = functools.partial(_local, table=self.table, backend=named(self.backend))
         run = jax.shard_map(local, mesh=self.mesh, in_specs=(tokens,) * 4, out_specs=tokens)
         return run(q, k, v, self.angles), None
+
+
+def check(shape: tuple[int, int, int, int], table: Table, backend: str, dtype: Any) -> None:
+    """Raises InputError where a device of this kind cannot attend by `backend`: b n a d of its
+    heads, in `dtype`. Nothing is computed.
+    """
+
+    def attend() -> Array:
+        x = jnp.zeros(shape, dtype)
+        return chunk_table(x, x, x, table, implementation=named(backend))
+
+    try:
+        jax.eval_shape(attend)
+    except NotImplementedError as error:
+        raise InputError(f"attention: {error}") from error
 
 
 def _local(

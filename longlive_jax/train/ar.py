@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from longlive_kernels.attention.chunk_table import Table, chunk_table
 
 from longlive_jax import flow, sharding
 from longlive_jax.config import ModelConfig, StreamConfig
-from longlive_jax.dit import mask
-from longlive_jax.dit.attention import as_table, named
+from longlive_jax.dit import mask, parallel
+from longlive_jax.dit.attention import as_table
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.dit.parallel import Ulysses
 from longlive_jax.dit.rope import phases
@@ -180,17 +179,9 @@ def check_attention(cfg: ARConfig, model: ModelConfig, frames: int, ranks: int, 
     """Raises InputError where `cfg.attention` cannot attend so many latent frames here, in `dtype`.
     Nothing is computed.
     """
-    table = Table.of(cfg.order(ranks).table(mask.clean(frames, cfg.stream.chunk)))
-    shape = (1, 2 * frames * model.tokens_per_frame, model.dit.heads // ranks, model.dit.head_dim)
-
-    def attend() -> Array:
-        x = jnp.zeros(shape, dtype)
-        return chunk_table(x, x, x, table, implementation=named(cfg.attention))
-
-    try:
-        jax.eval_shape(attend)
-    except NotImplementedError as error:
-        raise InputError(f"attention: {error}") from error
+    table = as_table(cfg.order(ranks).table(mask.clean(frames, cfg.stream.chunk)))
+    heads = model.dit.heads // ranks, model.dit.head_dim
+    parallel.check((1, 2 * frames * model.tokens_per_frame, *heads), table, cfg.attention, dtype)
 
 
 def loss_sum(v: Latents, made: Task, cfg: ARConfig) -> Float[Array, ""]:

@@ -84,11 +84,9 @@ class Run:
         check(cfg)
         dtype = DTYPES[cfg.dtype]
         mesh = sharding.make_mesh(cfg.data, cfg.fsdp)
-        model = longlive_jax.load(cfg.model, dtype=dtype)
-        config = dataclasses.replace(model.config, stream=cfg.stream)
-        self.model = dataclasses.replace(model, config=config)
+        self.model = longlive_jax.load(cfg.model, dtype=dtype).streaming(**vars(cfg.stream))
         self.cfg, self.workdir = cfg, workdir
-        self.program = program(cfg, config, mesh)
+        self.program = program(cfg, self.model.config, mesh)
         self.frozen = frozen(cfg, self.model, self.program)
         self.prompts = Prompts(self.model, cfg.prompts, mesh)
         self.sequence: Sequence | None = None
@@ -300,6 +298,8 @@ def frozen(cfg: DistillConfig, model: Model, program: Program) -> Frozen:
     for role, name in (("teacher", cfg.teacher), ("critic", cfg.critic)):
         other = model if not name else longlive_jax.load(name, dtype=program.dtype)
         dmd.check(model.dit, other.dit, role)
+        frames, tokens = cfg.clips.first * cfg.stream.chunk, model.config.tokens_per_frame
+        dmd.check_attention(other.dit, frames, tokens, cfg.judge, program.dtype)
         dits[role] = other.dit
     for role, kind in cfg.precision:
         if role not in dits:

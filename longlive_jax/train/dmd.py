@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from longlive_jax import flow, sharding
-from longlive_jax.dit import mask
+from longlive_jax.dit import mask, parallel
 from longlive_jax.dit.attention import as_table
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.dit.parallel import Ulysses
@@ -40,7 +41,8 @@ class DMDConfig:
     score_shift: of the table in which their timesteps are looked up; None is `shift`, LongLive 1.0
     has 8. lowest, highest: timesteps. within: draw them only between the steps around the one at
     which the clip was left: "none", "below", "above" or "both" (`ts_schedule`, `ts_schedule_max`).
-    whole: one normaliser for a clip, otherwise for each of its chunks.
+    whole: one normaliser for a clip, otherwise for each of its chunks. attention: a backend of
+    `longlive_kernels.attention.chunk_table`.
     """
 
     chunk: int
@@ -55,6 +57,7 @@ class DMDConfig:
     within: str = "none"
     whole: bool = False
     first: int | None = None  # length of the student's first chunk where it differs
+    attention: str = "best"
 
     WITHIN = ("none", "below", "above", "both")
 
@@ -217,12 +220,11 @@ def velocity(
     """
     kernel = dit.head.kernel[...]
     b, f = t.shape
-    video = mask.clean(f, cfg.chunk)  # scores know no shorter first chunk, in the released code
+    video = _video(f, cfg)
     context = said.context.astype(kernel.dtype)
     if cfg.causal:
         segment = _segments(said.prompt, f, cfg)
     else:
-        video = mask.clean(f, f)
         context = context.reshape(b, 1, -1, context.shape[-1])
         segment, t = jnp.zeros((b, 1), jnp.int32), t[:, :1]
     shown, times, labels = x, t, video
@@ -236,10 +238,15 @@ def velocity(
     text = TextKV(text.k, text.v, jnp.broadcast_to(segment, (text.k.shape[0], *segment.shape)))
     rows, columns = (n // p for n, p in zip(x.shape[2:4], dit.cfg.patch[1:], strict=True))
     angles = phases(dit.cfg, position, rows, columns)
-    attn = Ulysses(angles, as_table(mask.table(labels)), mesh)
+    attn = Ulysses(angles, as_table(mask.table(labels)), mesh, cfg.attention)
     given = sharding.frames(shown.astype(kernel.dtype), mesh)
     v, _ = dit(given, times, text, attn, remat="nothing")
     return v[:, -f:]
+
+
+def _video(frames: int, cfg: DMDConfig) -> mask.Labels:
+    """Scores know no shorter first chunk, in the released code."""
+    return mask.clean(frames, cfg.chunk if cfg.causal else frames)
 
 
 def _segments(prompt: Int[Array, "b n"], frames: int, cfg: DMDConfig) -> Int[Array, "b s"]:
@@ -272,3 +279,12 @@ def check(student: DiT, score: DiT, name: str) -> None:
         ours, theirs = getattr(student.cfg, of), getattr(score.cfg, of)
         if ours != theirs:
             raise InputError(f"the {name} has {theirs} {word}, the student {ours}")
+
+
+def check_attention(score: DiT, frames: int, tokens: int, cfg: DMDConfig, dtype: Any) -> None:
+    """Raises InputError where `cfg.attention` cannot attend a clip of so many latent frames, of so
+    many tokens each, here. Nothing is computed.
+    """
+    table = as_table(mask.table(_video(frames, cfg)))
+    shape = (1, frames * tokens, score.cfg.heads, score.cfg.head_dim)
+    parallel.check(shape, table, cfg.attention, dtype)

@@ -51,7 +51,8 @@ def run(workdir: pathlib.Path, output: pathlib.Path) -> int:
         checkpoints.close()
     given = config.to_json(model.read_config(source))
     changed = {name: began[name] for name in ("steps", "timesteps") if began.get(name)}
-    stream = began.get("ar", began)["stream"]
+    # Which kernel attends is a matter of where the run was.
+    stream = began.get("ar", began)["stream"] | {"attention": "best"}
     cfg = config.from_json(given | {"stream": stream, "sampler": given["sampler"] | changed})
     pending = {
         path: Pending(spec.shape, spec.dtype, functools.partial(_whole, averaged[path], spec.dtype))

@@ -138,13 +138,31 @@ def test_tokamax_compiles(gpu, name, kind):
 @pytest.mark.parametrize("gpu", ["h100", "b200"])
 @pytest.mark.parametrize("name", REAL)
 def test_cudnn_is_called_by_what_compiles(device, gpu, name, monkeypatch):
-    """By XLA, to the call of cuDNN, which makes a kernel of it where it is installed."""
+    """By XLA, to the call of cuDNN, which makes a kernel of it where it is installed; for the
+    gradient to two of each kind.
+    """
     theirs = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{theirs}.check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(f"{theirs}.check_compute_capability", lambda _: True)
     program = attention(cudnn.attend, name, device(gpu))
     assert program.as_text().count('custom_call_target="__cudnn$fmhaSoftmax"') == 2
     assert program.memory_analysis().temp_size_in_bytes < 1.02 * copies(name)
+    if name == "1.3b_chunk":
+        text = attention(gradient(cudnn.attend), name, device(gpu)).as_text()
+        for kind in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
+            assert text.count(f'custom_call_target="__cudnn${kind}"') == 2
+
+
+def gradient(attend):
+    """Of queries, of the sum of squares."""
+
+    def of_queries(call: Call):
+        def loss(q):
+            return (attend(dataclasses.replace(call, q=q)).astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss)(call.q)
+
+    return of_queries
 
 
 def attention(function, name: str, sharding):

@@ -1,6 +1,6 @@
 """cuDNN's attention, through `jax.nn.dot_product_attention`; what it is given is made by rows.py.
 
-For inference, and for comparison: slots are unpacked and copied before it reads them.
+For comparison: slots are unpacked and copied before it reads them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The attention of tokamax (github.com/openxla/tokamax), a Mosaic kernel each for Hopper and
 Blackwell; what it is given is made by rows.py.
 
-For inference, and for comparison: slots are unpacked and copied before it reads them.
+For comparison: slots are unpacked and copied before it reads them. Its gradient is its own, which
+does not compile for Blackwell (tokamax 0.0.12: more shared memory than there is).
 """
 
 from __future__ import annotations
