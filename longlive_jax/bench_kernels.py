@@ -7,6 +7,8 @@ against is a large product and a large copy on the same device.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -206,7 +208,9 @@ def compile_verdicts(row: Op, shapes: Sequence[str]) -> dict[str, Mapping | str]
 
 @dataclasses.dataclass(frozen=True)
 class Timer:
-    """Times the backends of a case in turns."""
+    """Times the backends of a case in turns. Those that compile to the same program are timed as
+    one.
+    """
 
     case: Case
     repeat: int
@@ -217,13 +221,22 @@ class Timer:
         """Seconds of each call, or why it did not run."""
         operands = jax.jit(self.case.make)(jax.random.key(self.seed))
         found: dict[str, Outcome] = {}
-        runs = {}
+        runs: dict[str, Callable[[], Any]] = {}  # by what the program says
+        says: dict[str, str] = {}
         for name, backend in backends.items():
             try:
-                runs[name] = self._run(backend, operands)
+                program = self._program(backend, operands)
             except Exception as error:  # noqa: BLE001  # of one backend: a row, not the end
                 found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                says[name] = instructions(program.as_text())
+                runs.setdefault(says[name], functools.partial(program, *operands))
+        times = self._turns(runs)
+        return found | {name: times[text] for name, text in says.items()}
+
+    def _turns(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
         calls = {name: self._calls(act) for name, act in runs.items()}
+        found: dict[str, list[float]] = {}
         for _ in range(self.repeat):
             for name, act in runs.items():
                 if name not in found or found[name][0] < self.effort.budget_s:
@@ -231,15 +244,21 @@ class Timer:
                     found.setdefault(name, []).append(took)
         return found
 
-    def _run(self, backend: Any, operands: tuple) -> Callable[[], Any]:
-        """A call, compiled and made once."""
+    def _program(self, backend: Any, operands: tuple) -> jax.stages.Compiled:
+        """Called once."""
         program = jax.jit(lambda *x: self.case.call(backend, *x)).lower(*operands).compile()
         report.check_room(program)
         jax.block_until_ready(program(*operands))
-        return lambda: program(*operands)
+        return program
 
     def _calls(self, act: Callable[[], Any]) -> int:
         return max(1, min(100, int(self.effort.sample_s / seconds_of(act))))
+
+
+def instructions(text: str) -> str:
+    """Of a compiled program, without where in the source they come from."""
+    parts = [x for x in text.split("\n\n") if x.partition("\n")[0].endswith("{")]
+    return re.sub(r",? metadata=\{[^{}]*\}", "", "\n\n".join(parts))
 
 
 Outcome = list[float] | str  # seconds of calls, or why there was none
@@ -274,7 +293,7 @@ def case_rows(
         one = Row(op, shape, name, dtype.name, outcome if name not in medians else "", compiles)
         if name in medians:
             flops, nbytes = case.flops / medians[name], case.nbytes / medians[name]
-            others = {other: x for other, x in medians.items() if other != name}
+            others = [other for other in medians if other != name]
             one = dataclasses.replace(
                 one,
                 median_s=medians[name],
@@ -283,10 +302,19 @@ def case_rows(
                 gbps=nbytes / 1e9,
                 of_product=flops / peaks.flops[dtype.name],
                 of_copy=nbytes / peaks.bandwidth,
-                ratios={other: x / medians[name] for other, x in others.items()},
+                ratios={other: in_turns(found[other], outcome) for other in others},
             )
         made.append(one)
     return made
+
+
+def in_turns(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Their time over ours, the median of all rounds: what slows the machine for longer than one
+    slows both.
+    """
+    if len(theirs) != len(ours):  # one of them takes too long to be timed again
+        return statistics.median(theirs) / statistics.median(ours)
+    return statistics.median(x / y for x, y in zip(theirs, ours, strict=True))
 
 
 def defaults(rows: Sequence[Row]) -> list[Default]:
@@ -298,8 +326,7 @@ def defaults(rows: Sequence[Row]) -> list[Default]:
         ran = [r for r in rows if (r.op, r.shape) == (op, shape) and r.median_s is not None]
         if ran:
             first, *others = ran
-            best = min((row.median_s for row in others), default=None)
-            ratio = None if best is None else first.median_s / best
+            ratio = 1 / min(first.ratios.values()) if others else None
             within = ratio is None or ratio <= NEAR
             found.append(Default(op, shape, first.backend, ratio, within))
     return found

@@ -166,14 +166,19 @@ def _public(name, *x):
 def rows(**seconds):
     """Rows of one op and shape; None where a backend did not run."""
     one = dict(op="op", shape="shape", dtype="float32", refused="", compiles={})
-    return [Row(backend=name, median_s=s, **one) for name, s in seconds.items()]
+    ran = {name: s for name, s in seconds.items() if s is not None}
+
+    def ratios(own: str) -> dict[str, float]:
+        return {name: s / ran[own] for name, s in ran.items() if name != own and own in ran}
+
+    return [Row(backend=x, median_s=s, ratios=ratios(x), **one) for x, s in seconds.items()]
 
 
 def test_a_default_may_be_five_percent_behind_the_best_other():
     (near,) = bench_kernels.defaults(rows(a=1.05, b=1.0, c=7.0))
     assert near == Default("op", "shape", "a", 1.05, True)
     (behind,) = bench_kernels.defaults(rows(a=1.06, b=2.0, c=1.0))
-    assert not behind.within and behind.ratio == 1.06
+    assert not behind.within and behind.ratio == pytest.approx(1.06)
     (ahead,) = bench_kernels.defaults(rows(a=0.5, b=1.0))
     assert ahead.within and ahead.ratio == 0.5
 
@@ -205,12 +210,44 @@ def test_a_row_holds_rates_against_peaks_and_others():
     assert c.ratios == {"a": 0.25}
 
 
+def test_ratios_are_those_of_each_round():
+    """The second round was slow for both."""
+    assert bench_kernels.in_turns([1.0, 6.0, 1.2], [2.0, 12.0, 2.0]) == 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """Stands in for a program, which says what it is."""
+
+    made: float
+
+    def __call__(self) -> float:
+        return self.made
+
+    def as_text(self) -> str:
+        return f"HloModule x\n\nENTRY %main {{\n{self.made}\n}}"
+
+
+def test_the_same_program_is_timed_as_one():
+    """By what it does: names of files and lines are others. `fewer_queries` is done at once, as
+    the reference does it; `tiny_12` is not.
+    """
+    backends, found = OPS["attention/chunk_table"].backends, {}
+    for shape in ("fewer_queries", "tiny_12"):
+        made = case("attention/chunk_table", shape)
+        able = {name: x for name, x in backends.items() if made.refusal(x) is None}
+        found[shape] = bench_kernels.Timer(made, 2, 0, LITTLE).times(able)
+        assert set(found[shape]) == {"xla", "reference"}
+    assert found["fewer_queries"]["xla"] == found["fewer_queries"]["reference"]
+    assert found["tiny_12"]["xla"] != found["tiny_12"]["reference"]
+
+
 def test_what_is_compared_is_measured_in_turns(monkeypatch):
     seen = []
     monkeypatch.setattr(bench_kernels, "seconds_of", lambda act, *_: seen.append(act()) or 0.5)
     nothing = Case(lambda key: (), lambda backend: backend, lambda backend: None, 0.0, 0.0)
     timer = bench_kernels.Timer(nothing, 2, 0, LITTLE)
-    monkeypatch.setattr(timer.__class__, "_run", lambda self, backend, operands: lambda: backend)
+    monkeypatch.setattr(timer.__class__, "_program", lambda self, backend, _: Fake(backend))
     found = timer.times({"a": 1, "b": 2})
     assert seen == [1, 2, 1, 2, 1, 2]  # once to see how long it takes, then in turns
     assert found == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
@@ -220,7 +257,7 @@ def test_what_takes_too_long_is_timed_once(monkeypatch):
     monkeypatch.setattr(bench_kernels, "seconds_of", lambda act, *_: act())
     nothing = Case(lambda key: (), lambda backend: backend, lambda backend: None, 0.0, 0.0)
     timer = bench_kernels.Timer(nothing, 3, 0, dataclasses.replace(LITTLE, budget_s=2.0))
-    monkeypatch.setattr(timer.__class__, "_run", lambda self, backend, operands: lambda: backend)
+    monkeypatch.setattr(timer.__class__, "_program", lambda self, backend, _: Fake(backend))
     assert timer.times({"slow": 5.0, "fast": 1.0}) == {"slow": [5.0], "fast": [1.0] * 3}
 
 
