@@ -252,7 +252,7 @@ class Timer:
         return program
 
     def _calls(self, act: Callable[[], Any]) -> int:
-        return max(1, min(100, int(self.effort.sample_s / seconds_of(act))))
+        return max(1, min(1000, int(self.effort.sample_s / seconds_of(act))))
 
 
 def instructions(text: str) -> str:
