@@ -33,6 +33,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.14",
         "tensorboardX>=2.6",
+        "tokamax>=0.0.12",
         # What conversion is checked against. This exact pin of torch comes without CUDA.
         "torch==2.13.0",
         "diffusers>=0.42",

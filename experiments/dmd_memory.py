@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,6 @@ def programs(
         target_config=gpu.describe(),
         topology=f"1x{count}x1",
     ).devices
-    # Which GPU our kernels are written for; the process has none.
-    arch.default = functools.partial(arch.of, devices[0])
     mesh = sharding.make_mesh(1, count, devices=devices)
     party = Party(Learning(row.rank), OptimizerConfig(1e-5, 1000))
     flow = Flow(cfg.sampler.shift)
@@ -125,7 +124,10 @@ def programs(
             return step(state, frozen, Plot(*given), key, begins=True, goes_on=False)
 
         made = jax.jit(run, donate_argnums=0, out_shardings=(places, None, None))
-        found[which] = made.lower(state, frozen, plot(cfg, videos * count, mesh), key).compile()
+        given = state, frozen, plot(cfg, videos * count, mesh), key
+        # Which GPU our kernels are written for; the process has none.
+        with mock.patch.object(arch, "default", functools.partial(arch.of, devices[0])):
+            found[which] = made.lower(*given).compile()
         logging.info("%s, %s: %.1f GB", row.name, which, peak(found[which]) / 1e9)
     return found
 

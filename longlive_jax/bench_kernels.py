@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +81,8 @@ class Row:
     gbps: float | None = None  # of what must be read and written once
     of_product: float | None = None  # of the measured peaks
     of_copy: float | None = None
-    ratios: dict[str, float] = dataclasses.field(default_factory=dict)  # other's time / own
+    # Other's time / own; 1 where both are the same program.
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +208,7 @@ def compile_verdicts(row: Op, shapes: Sequence[str]) -> dict[str, Mapping | str]
 
 @dataclasses.dataclass(frozen=True)
 class Timer:
-    """Times the backends of a case in turns. Those that compile to the same program are timed as
-    one.
-    """
+    """Times the backends of a case in turns. Those that are the same program are timed as one."""
 
     case: Case
     repeat: int
@@ -225,12 +223,12 @@ class Timer:
         says: dict[str, str] = {}
         for name, backend in backends.items():
             try:
-                program = self._program(backend, operands)
+                text, program = self._program(backend, operands)
             except Exception as error:  # noqa: BLE001  # of one backend: a row, not the end
                 found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
-                says[name] = instructions(program.as_text())
-                runs.setdefault(says[name], functools.partial(program, *operands))
+                says[name] = text
+                runs.setdefault(text, functools.partial(program, *operands))
         times = self._turns(runs)
         return found | {name: times[text] for name, text in says.items()}
 
@@ -244,21 +242,16 @@ class Timer:
                     found.setdefault(name, []).append(took)
         return found
 
-    def _program(self, backend: Any, operands: tuple) -> jax.stages.Compiled:
-        """Called once."""
-        program = jax.jit(lambda *x: self.case.call(backend, *x)).lower(*operands).compile()
+    def _program(self, backend: Any, operands: tuple) -> tuple[str, Callable]:
+        """What a call is, all constants included; and compiled, called once."""
+        lowered = jax.jit(lambda *x: self.case.call(backend, *x)).lower(*operands)
+        program = lowered.compile()
         report.check_room(program)
         jax.block_until_ready(program(*operands))
-        return program
+        return lowered.as_text(), program
 
     def _calls(self, act: Callable[[], Any]) -> int:
         return max(1, min(1000, int(self.effort.sample_s / seconds_of(act))))
-
-
-def instructions(text: str) -> str:
-    """Of a compiled program, without where in the source they come from."""
-    parts = [x for x in text.split("\n\n") if x.partition("\n")[0].endswith("{")]
-    return re.sub(r",? metadata=\{[^{}]*\}", "", "\n\n".join(parts))
 
 
 Outcome = list[float] | str  # seconds of calls, or why there was none

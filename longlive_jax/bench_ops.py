@@ -191,10 +191,17 @@ def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
     return Case(make, call, lambda *_, **__: None, more * flops, more * nbytes)
 
 
-def sink_window(shape: Any, dtype: Any, *, kind: Any = None, multiplied: bool = False) -> Case:
+def sink_window(
+    shape: Any,
+    dtype: Any,
+    *,
+    kind: Any = None,
+    multiplied: bool = False,
+    beside: bool = False,
+) -> Case:
     """Attention of a chunk over a slot table of several layers. kind: its slots', int8, e4m3 or
     NVFP4, with the chunk's own frames as they are; None: the type of the model. multiplied: keys
-    are, as they are kept.
+    are, as they are kept. beside: the chunk's own frames are beside the table, as for every kind.
     """
     from longlive_kernels.attention.sink_window.call import Call
     from longlive_kernels.attention.sink_window.kept import Fresh, Scaled
@@ -204,6 +211,7 @@ def sink_window(shape: Any, dtype: Any, *, kind: Any = None, multiplied: bool = 
     phases = (rows, slots, shape.turned)
     window = (int(shape.table.any(1).sum()), tokens, heads, width)
     own = (rows, len(shape.own), tokens, heads, width)
+    beside = beside or kind is not None
 
     def table(key: Any) -> Any:
         """Of eight bits the parts: arrays alone have an abstract form."""
@@ -214,14 +222,14 @@ def sink_window(shape: Any, dtype: Any, *, kind: Any = None, multiplied: bool = 
 
     def make(key):
         more = (phases,) if shape.relative else ()
-        fresh = (own, own) if kind is not None else ()
+        fresh = (own, own) if beside else ()
         keys = jax.random.split(key, 3)
         q, *rest = normal(keys[0], (shape.queries, *fresh, *more), dtype)
         return q, table(keys[1]), table(keys[2]), *rest
 
     def asked(q, k, v, *rest):
         layer, fresh = jnp.int32(shape.layers - 1), None
-        if kind is not None:
+        if beside:
             slots = jnp.broadcast_to(jnp.array(shape.own, jnp.int32), own[:2])
             fresh, rest = Fresh(*rest[:2], slots), rest[2:]
         if isinstance(k, tuple):
@@ -236,6 +244,33 @@ def sink_window(shape: Any, dtype: Any, *, kind: Any = None, multiplied: bool = 
         refuse=lambda backend, *x, sm=None: at(backend.unsupported, sm)(asked(*x)),
         flops=float(shape.flops),
         nbytes=2 * (size(shape.queries, dtype) + size(window, dtype if kind is None else kind)),
+    )
+
+
+def sink_window_gradient(shape: Any, dtype: Any) -> Case:
+    """Of queries and of the chunk's own frames, with the forward that it needs; the memory has
+    none.
+    """
+    ahead = sink_window(shape, dtype, beside=True)
+    own = (shape.keys[1], len(shape.own), *shape.keys[3:])
+
+    def make(key):
+        one, other = jax.random.split(key)
+        return *ahead.make(one), *normal(other, (shape.queries,), dtype)
+
+    def call(backend, *x, sm=None):
+        q, k, v, *fresh = x[:5]
+        run = lambda q, *fresh: ahead.call(backend, q, k, v, *fresh, *x[5:-1], sm=sm)  # noqa: E731
+        return jax.vjp(run, q, *fresh)[1](x[-1])
+
+    # Scores again, the gradient of weights and of queries; of own frames two products more.
+    seen = float(shape.table[:, :, list(shape.own)].sum()) / max(shape.pairs, 1)
+    return Case(
+        make=make,
+        call=call,
+        refuse=lambda backend, *x, sm=None: ahead.refuse(backend, *x[:-1], sm=sm),
+        flops=(2.5 + seen) * ahead.flops,
+        nbytes=ahead.nbytes + 2 * (size(shape.queries, dtype) + size(own, dtype)),
     )
 
 
@@ -276,6 +311,7 @@ OPS = {
             f"{_TABLE}.api",
         ),
         Op("attention/sink_window", _SLOTS, sink_window, f"{_SLOTS}.api"),
+        Op("attention/sink_window gradient", _SLOTS, sink_window_gradient, f"{_SLOTS}.api"),
         *(
             Op(
                 f"attention/sink_window {name}",

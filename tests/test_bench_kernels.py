@@ -27,6 +27,7 @@ SMALL = {  # of each op one shape that compiles in a moment
     "attention/chunk_table": "one_frame",
     "attention/chunk_table gradient": "one_frame",
     "attention/sink_window": "one_slot",
+    "attention/sink_window gradient": "one_slot",
     **{f"attention/sink_window {kind}": "one_slot" for kind in bench_ops.SLOTS},
     "nvfp4/quantize": "one_tile",
     "nvfp4/matmul": "one_block",
@@ -88,6 +89,9 @@ def test_flops_and_bytes_are_those_of_the_op():
     window = case("attention/sink_window", "ragged")  # 2 frames of 11 tokens see 4 slots
     assert window.flops == 4 * 2 * 64 * 22 * 44
     assert window.nbytes == 2 * (22 + 44) * 2 * 64 * 4
+    gradient = case("attention/sink_window gradient", "ragged")  # 2 of the 4 slots are its own
+    assert gradient.flops == 3 * window.flops
+    assert gradient.nbytes == window.nbytes + 2 * (22 + 22) * 2 * 64 * 4
     for kind, each in {"fp8 scores": 1, "int8": 1, "nvfp4": 9 / 16}.items():
         low = case(f"attention/sink_window {kind}", "ragged")
         assert low.nbytes == 2 * (22 * 4 + 44 * each) * 2 * 64 and low.flops == window.flops
@@ -215,23 +219,8 @@ def test_ratios_are_those_of_each_round():
     assert bench_kernels.in_turns([1.0, 6.0, 1.2], [2.0, 12.0, 2.0]) == 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Fake:
-    """Stands in for a program, which says what it is."""
-
-    made: float
-
-    def __call__(self) -> float:
-        return self.made
-
-    def as_text(self) -> str:
-        return f"HloModule x\n\nENTRY %main {{\n{self.made}\n}}"
-
-
 def test_the_same_program_is_timed_as_one():
-    """By what it does: names of files and lines are others. `fewer_queries` is done at once, as
-    the reference does it; `tiny_12` is not.
-    """
+    """`fewer_queries` is done at once, as the reference does it; `tiny_12` is not."""
     backends, found = OPS["attention/chunk_table"].backends, {}
     for shape in ("fewer_queries", "tiny_12"):
         made = case("attention/chunk_table", shape)
@@ -242,12 +231,25 @@ def test_the_same_program_is_timed_as_one():
     assert found["tiny_12"]["xla"] != found["tiny_12"]["reference"]
 
 
+def test_another_constant_is_another_program():
+    """However large: texts of compiled programs leave large ones out."""
+    made = Case(lambda key: (jnp.ones((64, 64)),), lambda x, y: x * y, lambda _: None, 0.0, 0.0)
+    timer, mask = bench_kernels.Timer(made, 1, 0, LITTLE), np.ones((64, 64), np.float32)
+    other = mask.copy()
+    other[40, 7] = 2
+    operands = made.make(KEY)
+    (one, _), (two, _), (again, _) = (timer._program(x, operands) for x in (mask, other, mask))
+    assert one == again != two
+
+
 def test_what_is_compared_is_measured_in_turns(monkeypatch):
     seen = []
     monkeypatch.setattr(bench_kernels, "seconds_of", lambda act, *_: seen.append(act()) or 0.5)
     nothing = Case(lambda key: (), lambda backend: backend, lambda backend: None, 0.0, 0.0)
     timer = bench_kernels.Timer(nothing, 2, 0, LITTLE)
-    monkeypatch.setattr(timer.__class__, "_program", lambda self, backend, _: Fake(backend))
+    monkeypatch.setattr(
+        timer.__class__, "_program", lambda self, backend, _: (str(backend), lambda: backend)
+    )
     found = timer.times({"a": 1, "b": 2})
     assert seen == [1, 2, 1, 2, 1, 2]  # once to see how long it takes, then in turns
     assert found == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
@@ -257,7 +259,9 @@ def test_what_takes_too_long_is_timed_once(monkeypatch):
     monkeypatch.setattr(bench_kernels, "seconds_of", lambda act, *_: act())
     nothing = Case(lambda key: (), lambda backend: backend, lambda backend: None, 0.0, 0.0)
     timer = bench_kernels.Timer(nothing, 3, 0, dataclasses.replace(LITTLE, budget_s=2.0))
-    monkeypatch.setattr(timer.__class__, "_program", lambda self, backend, _: Fake(backend))
+    monkeypatch.setattr(
+        timer.__class__, "_program", lambda self, backend, _: (str(backend), lambda: backend)
+    )
     assert timer.times({"slow": 5.0, "fast": 1.0}) == {"slow": [5.0], "fast": [1.0] * 3}
 
 

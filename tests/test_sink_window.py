@@ -285,6 +285,24 @@ def test_xla_has_the_gradient_of_the_reference(name, kind):
     check_gradients(call, FLOAT32, xla.at_once, *ways)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("5b_chunk", "bfloat16"), ("frames_differ", "nvfp4"), ("relative", "fp8")]
+)
+def test_gradients_in_bfloat16_are_summed_in_float32(name, kind):
+    """They have two more roundings than the output."""
+    by_steps = functools.partial(xla.by_steps, by=ONE)
+    check_gradients(operands(name, kind, "bfloat16"), 2 * BFLOAT16, xla.at_once, by_steps)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_gradients_repeat_to_the_bit(kind):
+    ways = xla.at_once, functools.partial(xla.by_steps, by=ONE)
+    call = operands("sinks", kind)
+    for first, again in zip(gradients(call, ways), gradients(call, ways), strict=True):
+        for one, other in zip(first, again, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_a_step_is_as_large_as_scores_allow():
     def of(name: str, scores: int = xla.SCORES) -> xla.Steps:
         shape, found = shapes.SHAPES[name], []
@@ -514,6 +532,7 @@ OTHERS = [
         for name, kind in zip(SIMULATED, itertools.cycle(("nvfp4", "int8", "fp8")))
         for sm in ARCHITECTURES
     ),
+    *(("relative", "fp8", sm) for sm in ARCHITECTURES),
     ("5b_guidance", "int8_scores", 90),
     ("frames_differ", "fp8_scores", 90),
 ]
@@ -534,7 +553,7 @@ def test_mosaic_means_what_the_reference_means(name, kind, sm):
     close(simulated(name, kind, sm), expected, BFLOAT16)
 
 
-@pytest.mark.every_shape
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["bfloat16", "nvfp4"])
 def test_mosaic_reads_a_table_of_one_layer_alone(kind, sm):
@@ -557,12 +576,16 @@ def test_runs_of_mosaic_repeat_to_the_bit(name, kind, sm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"), [("ragged", "bfloat16"), ("frames_differ", "int8_scores")]
+    ("name", "kind", "sm"),
+    [
+        *(("ragged", "bfloat16", sm) for sm in ARCHITECTURES),
+        *(("relative", "nvfp4", sm) for sm in ARCHITECTURES),
+        ("frames_differ", "int8_scores", 90),
+    ],
 )
-def test_mosaic_has_the_gradient_of_the_reference(name, kind):
-    """Two more roundings than forwards: of what is saved, and of gradients."""
+def test_mosaic_has_the_gradient_of_the_reference(name, kind, sm):
     with simulator():
-        attend = functools.partial(mosaic.attend, sm=90)
+        attend = functools.partial(mosaic.attend, sm=sm)
         check_gradients(asked(name, kind), 2 * BFLOAT16, attend)
 
 

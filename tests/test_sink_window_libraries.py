@@ -18,6 +18,7 @@ from test_sink_window import (
     FLOAT32,
     check_gradients,
     close,
+    gradients,
     made,
     operands,
     run,
@@ -81,6 +82,19 @@ def test_libraries_have_the_gradient_of_the_reference(library, name, kind):
     attend = functools.partial(LIBRARIES[library].attend, implementation="xla")
     with jax.numpy_dtype_promotion("standard"):
         check_gradients(operands(name, kind), FLOAT32, attend)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_libraries_are_given_repeats_to_the_bit(library):
+    """Also for the gradient."""
+    if library == "tokamax":
+        pytest.importorskip("tokamax", reason="needs tokamax: pip install tokamax")
+    call = operands("rows_differ", "float32")
+    ways = (functools.partial(LIBRARIES[library].attend, implementation="xla"),)
+    with jax.numpy_dtype_promotion("standard"):
+        runs = [(program(library)(call), gradients(call, ways)) for _ in range(2)]
+    for one, other in zip(*map(jax.tree.leaves, runs), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["5b_guidance", "sinks", "frames_differ", "rows_differ"])

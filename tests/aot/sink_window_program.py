@@ -1,6 +1,6 @@
 """Compiles attention over slots in Mosaic for a described GPU: `sink_window_program.py GPU BACKEND
-SHAPE KIND [SM]`. KIND: of slots; int8_scores and fp8_scores are multiplied so, too. SM: the
-architecture that our kernel is written for, of another GPU.
+SHAPE KIND [SM]`. KIND: of slots; int8_scores and fp8_scores are multiplied so, too; gradient: that
+of queries, slots in bfloat16. SM: the architecture that our kernel is written for, of another GPU.
 
 A program of its own, because Mosaic keeps the architecture it has first compiled for as long as its
 process runs (jax 0.10.2).
@@ -57,8 +57,11 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
     def attend(q, k, v, visible, layer, fresh, read):
         make = {1: lambda x: x, 2: Scaled, 3: lambda *x: NVFP4(*x, "mse")}[len(k)]
         keys = Scaled(*k, multiplied=True) if scores else make(*k)
-        fresh = None if kind == "bfloat16" else Fresh(*fresh)
+        fresh = Fresh(*fresh) if kind in (*EIGHT, "nvfp4") else None
         return run(Call(q, keys, make(*v), visible, layer, read if shape.relative else None, fresh))
+
+    def gradient(q, *rest):
+        return jax.vjp(lambda q: attend(q, *rest), q)[1](q)
 
     rows, _, slots = shape.table.shape
     new = array((rows, len(shape.own), tokens, heads, width))
@@ -71,7 +74,8 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
         (new, new, array((rows, len(shape.own)), jnp.int32)),
         array((rows, slots, shape.turned), jnp.float32),
     )
-    program = jax.jit(attend, keep_unused=True).lower(*given).compile()
+    wanted = gradient if kind == "gradient" else attend
+    program = jax.jit(wanted, keep_unused=True).lower(*given).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -11,7 +11,6 @@ import sys
 
 import jax
 import pytest
-from longlive_kernels import arch
 
 from longlive_jax import footprint, gpus
 from longlive_jax.config import WAN22_TI2V_5B
@@ -24,7 +23,7 @@ PATH = pathlib.Path(__file__).parents[2] / "experiments" / "dmd_memory.py"
 MOST = {"student": 8e9, "critic": 12e9}  # bytes of a GPU, with two layers of thirty
 
 
-def test_a_step_of_the_5b_holds_no_memory_for_every_layer(monkeypatch):
+def test_a_step_of_the_5b_holds_no_memory_for_every_layer():
     """Two layers of thirty. A memory that is kept for each, as a gradient through it would, is
     0.7 GB for two; scores that are kept are 50 GB.
     """
@@ -33,7 +32,6 @@ def test_a_step_of_the_5b_holds_no_memory_for_every_layer(monkeypatch):
     spec = importlib.util.spec_from_file_location("dmd_memory", PATH)
     dmd_memory = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(dmd_memory)
-    monkeypatch.setattr(arch, "default", arch.default)  # is set by it
     dit = dataclasses.replace(WAN22_TI2V_5B.dit, layers=2)
     cfg = dataclasses.replace(WAN22_TI2V_5B, dit=dit)
     row = dmd_memory.Row(128, student="nvfp4", teacher="nvfp4")
@@ -46,7 +44,7 @@ def test_a_step_of_the_5b_holds_no_memory_for_every_layer(monkeypatch):
         assert 0 < collectives.largest(found[which].as_text()) <= matrix, which
 
 
-def test_our_kernels_attend_in_both_steps(tmp_path):
+def test_our_kernels_attend_in_a_distillation(tmp_path):
     """A process of its own, as Mosaic keeps the architecture that it has first compiled for."""
     if not footprint.toolchain():
         pytest.skip("needs the [aot] extra")

@@ -39,7 +39,8 @@ def sink_window(
     call.
 
     Slots that nobody sees may hold anything finite. Queries that see no slot come out as zeros.
-    It has a gradient by all of them: `mosaic` that of `xla`, the libraries their own.
+    It has a gradient by all of them: `mosaic` that of `xla`, the libraries their own (tokamax on
+    Hopper alone).
 
     Raises ValueError where shapes do not fit, NotImplementedError where the named backend cannot
     run the call.

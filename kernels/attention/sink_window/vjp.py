@@ -40,7 +40,7 @@ def _save(
 
 def _backward(
     tree: Any, forward: Attend, again: Attend, leaves: list[Array], grad: Array
-) -> tuple[list[Array]]:
+) -> tuple[list[Any]]:  # those of whole numbers are numpy's float0
     return jax.vjp(lambda leaves: again(tree.unflatten(leaves)), leaves)[1](grad)
 
 
