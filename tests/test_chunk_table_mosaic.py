@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import mosaic_on_cpu
 import numpy as np
 import pytest
+from every_shape import every_shape
 from jax.sharding import AxisType, PartitionSpec
 from longlive_kernels import arch
 from longlive_kernels.attention.chunk_table import (
@@ -91,9 +92,7 @@ def ours(name: str, sm: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "name", [*TILED, *(pytest.param(name, marks=pytest.mark.every_shape) for name in SMALL)]
-)
+@pytest.mark.parametrize("name", [*TILED, *every_shape(SMALL)])
 def test_it_means_what_the_reference_means(name, sm):
     """bfloat16 has 8 bits: the output is off by its own rounding and that of the weights, 2^-8
     each; gradients by two more roundings.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import mosaic_on_cpu
 import numpy as np
 import pytest
+from every_shape import every_shape
 from longlive_kernels import arch
 from longlive_kernels.attention import mosaic_tcgen05, tile
 from longlive_kernels.attention.sink_window import (
@@ -145,7 +146,7 @@ def check(call: Call, tolerance: float, *ways: xla.Steps | None):
         close(ours, expected, tolerance)
 
 
-@pytest.mark.parametrize("name", shapes.SHAPES)
+@pytest.mark.parametrize("name", [*shapes.AWKWARD, *every_shape(shapes.CHUNKS | shapes.RECACHES)])
 def test_xla_means_what_the_reference_means(name):
     """At once, and in the smallest steps."""
     check(operands(name, "float32"), FLOAT32, None, ONE)
@@ -271,11 +272,7 @@ def check_gradients(call: Call, tolerance: float, *ways: Callable[[Call], jax.Ar
         ("rows_differ", "float32"),
         ("frames_differ", "int8"),
         ("relative", "float32"),
-        *(
-            pytest.param(name, kind, marks=pytest.mark.every_shape)
-            for name in shapes.SHAPES
-            for kind in ("float32", "nvfp4")
-        ),
+        *every_shape((name, kind) for name in shapes.SHAPES for kind in ("float32", "nvfp4")),
     ],
 )
 def test_xla_has_the_gradient_of_the_reference(name, kind):
@@ -543,7 +540,7 @@ OTHERS = [
     ("name", "kind", "sm"),
     [
         *BRIEF,
-        *(pytest.param(*x, marks=pytest.mark.every_shape) for x in OTHERS if x not in BRIEF),
+        *every_shape(x for x in OTHERS if x not in BRIEF),
     ],
 )
 def test_mosaic_means_what_the_reference_means(name, kind, sm):
@@ -579,8 +576,8 @@ def test_runs_of_mosaic_repeat_to_the_bit(name, kind, sm):
     ("name", "kind", "sm"),
     [
         *(("ragged", "bfloat16", sm) for sm in ARCHITECTURES),
-        *(("relative", "nvfp4", sm) for sm in ARCHITECTURES),
-        ("frames_differ", "int8_scores", 90),
+        *every_shape(("relative", "nvfp4", sm) for sm in ARCHITECTURES),
+        *every_shape([("frames_differ", "int8_scores", 90)]),
     ],
 )
 def test_mosaic_has_the_gradient_of_the_reference(name, kind, sm):
