@@ -42,12 +42,12 @@ TILED = {
 
 def small(shape: shapes.Shape) -> shapes.Shape:
     """The same table over few tokens of one head. The simulator takes seconds for a hundred tiles:
-    long tables are left six runs of queries, from the first to the last, and all keys.
+    long tables are left four runs of queries, from the first to the last, and all keys.
     """
     table, width = shape.table, max(shape.width, 64)
-    if len(table.tiles) > 300:
+    if len(table.tiles) > 100:
         runs = [np.arange(*run) for run in table.query_runs]
-        some = np.unique(np.linspace(0, len(runs) - 1, 6).round().astype(int))
+        some = np.unique(np.linspace(0, len(runs) - 1, 4).round().astype(int))
         table = Table.of(table.array[np.concatenate([runs[i] for i in some])])
     return sized(table, 8, width=width, batch=min(shape.batch, 2))
 
