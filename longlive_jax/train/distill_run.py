@@ -295,10 +295,10 @@ def program(cfg: DistillConfig, config: ModelConfig, mesh: Any) -> Program:
 def frozen(cfg: DistillConfig, model: Model, program: Program) -> Frozen:
     """The networks that stay as they are, each in its place and precision."""
     dits = {"student": model.dit}
+    frames, tokens = cfg.clips.first * cfg.stream.chunk, model.config.tokens_per_frame
     for role, name in (("teacher", cfg.teacher), ("critic", cfg.critic)):
         other = model if not name else longlive_jax.load(name, dtype=program.dtype)
         dmd.check(model.dit, other.dit, role)
-        frames, tokens = cfg.clips.first * cfg.stream.chunk, model.config.tokens_per_frame
         dmd.check_attention(other.dit, frames, tokens, cfg.judge, program.dtype)
         dits[role] = other.dit
     for role, kind in cfg.precision:
