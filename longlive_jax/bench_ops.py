@@ -104,14 +104,22 @@ def size(shape: tuple[int, ...], dtype: Any) -> float:
     return float(math.prod(shape) * each)
 
 
+def both(run: Callable, operands: tuple, grad: Any) -> tuple:
+    """What `run` makes, and its gradient. A step of training needs both; what nobody asks for, XLA
+    leaves out.
+    """
+    out, back = jax.vjp(run, *operands)
+    return out, back(grad)
+
+
 def chunk_table(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
-    """Training attention; its gradient with the forward that it needs."""
+    """Training attention; or the same and its gradient."""
     shapes = (shape.queries, shape.keys, shape.keys) + (shape.queries,) * gradient
     pairs = float(shape.table.array.sum()) * shape.tokens**2 * shape.batch
 
     def call(backend, q, k, v, *grad, sm=None):
         attend = lambda q, k, v: at(backend.attend, sm)(q, k, v, shape.table)  # noqa: E731
-        return jax.vjp(attend, q, k, v)[1](*grad) if gradient else attend(q, k, v)
+        return both(attend, (q, k, v), *grad) if gradient else attend(q, k, v)
 
     def refuse(backend, q, k, v, *_, sm=None):
         return at(backend.unsupported, sm)(q, k, v, shape.table)
@@ -171,7 +179,7 @@ def matmul(shape: Any, dtype: Any, *, mixed: bool = False) -> Case:
 
 
 def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
-    """A layer of NVFP4 training over a kernel in float32."""
+    """A layer of NVFP4 training over a kernel in float32; or the same and its gradient."""
     from longlive_kernels.nvfp4.linear import linear as layer
 
     def make(key):
@@ -182,7 +190,7 @@ def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
     def call(backend, x, *rest, sm=None):
         *grad, kernel = rest
         run = lambda x, kernel: layer(x, kernel, jax.random.key(0))  # noqa: E731
-        return jax.vjp(run, x, kernel)[1](*grad) if gradient else run(x, kernel)
+        return both(run, (x, kernel), *grad) if gradient else run(x, kernel)
 
     kernel, out = (shape.k, shape.n), (shape.m, shape.n)
     nbytes = size(shape.a, dtype) + size(kernel, jnp.float32) + size(out, dtype)
@@ -199,9 +207,12 @@ def sink_window(
     multiplied: bool = False,
     beside: bool = False,
 ) -> Case:
-    """Attention of a chunk over a slot table of several layers. kind: its slots', int8, e4m3 or
-    NVFP4, with the chunk's own frames as they are; None: the type of the model. multiplied: keys
-    are, as they are kept. beside: the chunk's own frames are beside the table, as for every kind.
+    """Attention of a chunk over a slot table of several layers. Its places, what is seen, the layer
+    and the chunk's own slots, are operands, as in a model: of constants XLA makes other programs.
+
+    kind: of slots, int8, e4m3 or NVFP4, with the chunk's own frames as they are; None: the type of
+    the model. multiplied: keys are, as they are kept. beside: the chunk's own frames are beside the
+    table, as for every kind.
     """
     from longlive_kernels.attention.sink_window.call import Call
     from longlive_kernels.attention.sink_window.kept import Fresh, Scaled
@@ -225,18 +236,18 @@ def sink_window(
         fresh = (own, own) if beside else ()
         keys = jax.random.split(key, 3)
         q, *rest = normal(keys[0], (shape.queries, *fresh, *more), dtype)
-        return q, table(keys[1]), table(keys[2]), *rest
+        new, turns = (q, *rest[: len(fresh)]), rest[len(fresh) :]
+        slots = jnp.broadcast_to(jnp.array(shape.own, jnp.int32), own[:2])
+        places = jnp.asarray(shape.table), jnp.int32(shape.layers - 1), slots
+        return new, (table(keys[1]), table(keys[2])), places, turns
 
-    def asked(q, k, v, *rest):
-        layer, fresh = jnp.int32(shape.layers - 1), None
-        if beside:
-            slots = jnp.broadcast_to(jnp.array(shape.own, jnp.int32), own[:2])
-            fresh, rest = Fresh(*rest[:2], slots), rest[2:]
+    def asked(new, memory, places, turns):
+        (q, *pair), (k, v), (visible, layer, slots) = new, memory, places
         if isinstance(k, tuple):
             k, v = (Scaled(values, scales[..., 0]) for values, scales in (k, v))
             k = dataclasses.replace(k, multiplied=multiplied)
-        read = rest[0].astype(jnp.float32) if rest else None
-        return Call(q, k, v, jnp.asarray(shape.table), layer, read, fresh)
+        read = turns[0].astype(jnp.float32) if turns else None
+        return Call(q, k, v, visible, layer, read, Fresh(*pair, slots) if pair else None)
 
     return Case(
         make=make,
@@ -248,9 +259,7 @@ def sink_window(
 
 
 def sink_window_gradient(shape: Any, dtype: Any) -> Case:
-    """Of queries and of the chunk's own frames, with the forward that it needs; the memory has
-    none.
-    """
+    """The same and its gradient, of queries and of the chunk's own frames; the memory has none."""
     ahead = sink_window(shape, dtype, beside=True)
     own = (shape.keys[1], len(shape.own), *shape.keys[3:])
 
@@ -258,10 +267,9 @@ def sink_window_gradient(shape: Any, dtype: Any) -> Case:
         one, other = jax.random.split(key)
         return *ahead.make(one), *normal(other, (shape.queries,), dtype)
 
-    def call(backend, *x, sm=None):
-        q, k, v, *fresh = x[:5]
-        run = lambda q, *fresh: ahead.call(backend, q, k, v, *fresh, *x[5:-1], sm=sm)  # noqa: E731
-        return jax.vjp(run, q, *fresh)[1](x[-1])
+    def call(backend, new, *given, sm=None):
+        *rest, grad = given
+        return both(lambda new: ahead.call(backend, new, *rest, sm=sm), (new,), grad)
 
     # Scores again, the gradient of weights and of queries; of own frames two products more.
     seen = float(shape.table[:, :, list(shape.own)].sum()) / max(shape.pairs, 1)

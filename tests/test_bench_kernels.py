@@ -123,6 +123,25 @@ def test_backends_of_a_case_agree(name):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith("gradient")])
+def test_gradients_are_timed_with_the_output(name):
+    """As training has both; XLA leaves out what is thrown away."""
+    made, ahead = (case(op, SMALL[name]) for op in (name, name.removesuffix(" gradient")))
+    backend = next(x for x in OPS[name].backends.values() if made.refusal(x) is None)
+    out, gradient = jax.eval_shape(lambda *x: made.call(backend, *x), *made.abstract())
+    assert out.shape == jax.eval_shape(lambda *x: ahead.call(backend, *x), *ahead.abstract()).shape
+    assert len(jax.tree.leaves(gradient)) > 1
+
+
+def test_what_is_seen_is_an_operand():
+    made, backend = case("attention/sink_window", "sinks"), sink_window.BACKENDS["xla"]
+    new, memory, (visible, layer, slots), turns = made.make(KEY)
+    others = (jnp.roll(visible, 1, 2), layer, slots), (visible, layer - 1, slots)
+    first = made.call(backend, new, memory, (visible, layer, slots), turns)
+    for places in others:
+        assert jnp.abs(made.call(backend, new, memory, places, turns) - first).max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "api"),
     [
@@ -159,8 +178,8 @@ def _public(name, *x):
     if name == "attention/chunk_table":
         return chunk_table.chunk_table(*x, shape.table)
     if name == "attention/sink_window":
-        q, k, v = x
-        return sink_window.sink_window(q, k, v, jnp.asarray(shape.table), layer=jnp.int32(1))
+        (q,), (k, v), (visible, layer, _), _ = x
+        return sink_window.sink_window(q, k, v, visible, layer=layer)
     if name == "nvfp4/quantize":
         return quantiser.quantize(x[0], rule="mse", tile=shape.tile, transpose=shape.transpose)
     function = products.matmul if name == "nvfp4/matmul" else products.matmul_w4a16

@@ -321,6 +321,17 @@ def test_a_step_is_as_large_as_scores_allow():
     assert of("5b_chunk", 1) == ONE
 
 
+def test_one_slot_in_float32_is_attended_as_by_the_reference():
+    def same(name: str, dtype: str) -> bool:
+        given = operands(name, dtype, dtype)
+        ours, theirs = (jax.make_jaxpr(x.attend)(given) for x in (xla, reference))
+        return str(ours) == str(theirs)
+
+    assert same("one_slot", "float32")
+    # In few bits products are of those; of many keys, axes are turned first.
+    assert not same("one_slot", "bfloat16") and not same("sinks", "float32")
+
+
 def test_what_is_large_goes_by_steps(monkeypatch):
     call, asked = operands("tiny_chunk", "float32"), []
     monkeypatch.setattr(xla, "by_steps", lambda call, by: asked.append(by) or call.q)

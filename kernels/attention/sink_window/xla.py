@@ -1,4 +1,5 @@
 """XLA: all at once where scores are few, else in steps with an online softmax (arXiv 2112.05682).
+A table of one slot is attended as by the reference, if in float32.
 
 Runs wherever XLA does. A step is some query frames and some slots of the list of those that they
 see; no more is unpacked at a time. On CPUs what nobody sees is neither read nor multiplied. A GPU
@@ -19,7 +20,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
-from longlive_kernels.attention.sink_window import kept
+from longlive_kernels.attention.sink_window import kept, reference
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.kept import Kept
 from longlive_kernels.attention.sink_window.visits import visits
@@ -59,6 +60,9 @@ def steps(call: Call, scores: int = SCORES) -> Steps:
 
 def attend(call: Call) -> Float[Array, "b n a d"]:
     """See `api.sink_window`."""
+    if call.slots == 1 and call.q.dtype == jnp.float32:
+        # With so few keys, gradients are slowed by turning axes more than sped up by it.
+        return reference.attend(call)
     call, chosen = call.rounded(call.q.dtype), steps(call)
     whole = chosen == Steps(call.frames, call.slots)
     return at_once(call) if whole else by_steps(call, chosen)
