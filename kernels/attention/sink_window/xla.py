@@ -60,12 +60,13 @@ def steps(call: Call, scores: int = SCORES) -> Steps:
 
 def attend(call: Call) -> Float[Array, "b n a d"]:
     """See `api.sink_window`."""
+    chosen = steps(call)
+    if chosen != Steps(call.frames, call.slots):
+        return by_steps(call.rounded(call.q.dtype), chosen)
     if call.slots == 1 and call.q.dtype == jnp.float32:
-        # With so few keys, gradients are slowed by turning axes more than sped up by it.
+        # With so few keys, turning axes slows gradients more than it speeds up what follows.
         return reference.attend(call)
-    call, chosen = call.rounded(call.q.dtype), steps(call)
-    whole = chosen == Steps(call.frames, call.slots)
-    return at_once(call) if whole else by_steps(call, chosen)
+    return at_once(call.rounded(call.q.dtype))
 
 
 def at_once(call: Call) -> Float[Array, "b n a d"]:
