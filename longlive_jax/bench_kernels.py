@@ -22,8 +22,8 @@ from longlive_jax.bench_ops import OPS, Case, Op
 from longlive_jax.errors import InputError
 
 NEAR = 1.05  # of the best other backend's time: the default may take as long
-SLOW = 10  # times as long as its products at the peak: what a backend is expected to take at worst
-SHAPES = ("real", "small")
+SLOW = 10  # times what its size takes at the peaks: about what a small call takes on a CPU
+SHAPES = ("all", "small")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Peaks:
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One backend at one shape. Seconds are of a call; where `refused` says why it did not run,
-    numbers are None.
+    numbers are None. failed: it did not although it supports the call.
     """
 
     op: str
@@ -83,12 +83,13 @@ class Row:
     of_copy: float | None = None
     # Other's time / own; 1 where both are the same program.
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+    failed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Default:
     """Whether the backend that an op picks is the right one at a shape. ratio: its time over the
-    best other's; None where no other ran.
+    best other's; None where no other ran, or it failed where others ran.
     """
 
     op: str
@@ -102,7 +103,7 @@ class Default:
 class KernelsReport(report.Head):
     """Of all ops that were asked for. Every backend was compiled and called before it was timed."""
 
-    shapes: str  # "real": all; "small": those that fit `budget_s`
+    shapes: str  # "all"; "small": those that fit `budget_s`
     budget_s: float  # of one call, by its FLOPs
     repeats: int
     peaks: Peaks
@@ -110,7 +111,6 @@ class KernelsReport(report.Head):
     defaults: tuple[Default, ...]
     defaults_within: bool  # all of them
     left_out: dict[str, tuple[str, ...]]  # shapes, by op
-    absent: tuple[str, ...]  # ops that the package lacks
 
     def tables(self) -> list[Table]:
         return bench_kernels_table.tables(self)
@@ -137,7 +137,7 @@ def run(*, op: str | None, shapes: str | None, repeat: int, seed: int) -> Kernel
     dtype = jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
     peaks = measured_peaks(effort)
     found, left = [], {}
-    for row in (row for row in chosen if row.there):
+    for row in chosen:
         cases = {name: row.case(shape, dtype) for name, shape in row.shapes.items()}
         large = {name for name, case in cases.items() if slow(case, peaks, dtype, effort)}
         if large:
@@ -161,7 +161,6 @@ def run(*, op: str | None, shapes: str | None, repeat: int, seed: int) -> Kernel
         defaults=picked,
         defaults_within=all(x.within for x in picked),
         left_out=left if shapes == "small" or on_cpu else {},
-        absent=tuple(row.name for row in chosen if not row.there),
     )
 
 
@@ -176,12 +175,14 @@ def seconds_of(act: Callable[[], Any], calls: int = 1, queued: bool = False) -> 
 
 
 def measured_peaks(effort: Effort) -> Peaks:
-    """The best of five products in each type, and of five copies, after one of each."""
+    """The best of five products in each type, and of five copies, timed as kernels are."""
 
     def best(function: Callable, *operands: Any) -> float:
-        act = lambda: jax.jit(function)(*operands)  # noqa: E731
+        program = jax.jit(function).lower(*operands).compile()
+        act = functools.partial(program, *operands)
         jax.block_until_ready(act())
-        return min(seconds_of(act) for _ in range(5))
+        calls = calls_of(act, effort)
+        return min(seconds_of(act, calls, effort.queued) for _ in range(5))
 
     flops = {}
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -190,6 +191,11 @@ def measured_peaks(effort: Effort) -> Peaks:
     x = jnp.ones(effort.copied // 4)
     bandwidth = 2 * effort.copied / best(lambda x: x + 1, x)
     return Peaks(flops, bandwidth, effort.side, effort.copied)
+
+
+def calls_of(act: Callable[[], Any], effort: Effort) -> int:
+    """How many are timed together."""
+    return max(1, min(1000, int(effort.sample_s / seconds_of(act))))
 
 
 def slow(case: Case, peaks: Peaks, dtype: Any, effort: Effort) -> bool:
@@ -204,6 +210,17 @@ def compile_verdicts(row: Op, shapes: Sequence[str]) -> dict[str, Mapping | str]
     if missing or not shapes:
         return dict.fromkeys(bench_compile.GPUS, missing)
     return {gpu: bench_compile.verdicts(gpu, row.name, shapes) for gpu in bench_compile.GPUS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrun:
+    """Why there are no times. failed: the backend supports the call."""
+
+    why: str
+    failed: bool = False
+
+
+Outcome = list[float] | Unrun  # seconds of calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +242,8 @@ class Timer:
             try:
                 text, program = self._program(backend, operands)
             except Exception as error:  # noqa: BLE001  # of one backend: a row, not the end
-                found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                found[name] = Unrun(why, failed=True)
             else:
                 says[name] = text
                 runs.setdefault(text, functools.partial(program, *operands))
@@ -233,7 +251,7 @@ class Timer:
         return found | {name: times[text] for name, text in says.items()}
 
     def _turns(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-        calls = {name: self._calls(act) for name, act in runs.items()}
+        calls = {name: calls_of(act, self.effort) for name, act in runs.items()}
         found: dict[str, list[float]] = {}
         for _ in range(self.repeat):
             for name, act in runs.items():
@@ -250,21 +268,15 @@ class Timer:
         jax.block_until_ready(program(*operands))
         return lowered.as_text(), program
 
-    def _calls(self, act: Callable[[], Any]) -> int:
-        return max(1, min(1000, int(self.effort.sample_s / seconds_of(act))))
-
-
-Outcome = list[float] | str  # seconds of calls, or why there was none
-
 
 def outcomes(row: Op, case: Case, timer: Timer | None) -> dict[str, Outcome]:
     """Of each backend. timer: None where the shape is too large to be run here."""
     refused = {name: case.refusal(backend) for name, backend in row.backends.items()}
     if timer is None:
-        return {name: why or "too large to be run here" for name, why in refused.items()}
+        return {name: Unrun(why or "too large to be run here") for name, why in refused.items()}
     able = {name: row.backends[name] for name, why in refused.items() if not why}
     times = timer.times(able) if able else {}
-    return {name: why or times[name] for name, why in refused.items()}
+    return {name: Unrun(why) if why else times[name] for name, why in refused.items()}
 
 
 def case_rows(
@@ -283,8 +295,10 @@ def case_rows(
         compiles = {
             gpu: x if isinstance(x, str) else x.get((shape, name), "") for gpu, x in said.items()
         }
-        one = Row(op, shape, name, dtype.name, outcome if name not in medians else "", compiles)
-        if name in medians:
+        one = Row(op, shape, name, dtype.name, "", compiles)
+        if isinstance(outcome, Unrun):
+            one = dataclasses.replace(one, refused=outcome.why, failed=outcome.failed)
+        else:
             flops, nbytes = case.flops / medians[name], case.nbytes / medians[name]
             others = [other for other in medians if other != name]
             one = dataclasses.replace(
@@ -312,14 +326,19 @@ def in_turns(theirs: Sequence[float], ours: Sequence[float]) -> float:
 
 def defaults(rows: Sequence[Row]) -> list[Default]:
     """The check of the dispatcher: of the backends that support a call, the first in the op's list
-    is its default.
+    is its default. One that fails where another runs is not the right one.
     """
     found = []
     for op, shape in dict.fromkeys((row.op, row.shape) for row in rows):
-        ran = [r for r in rows if (r.op, r.shape) == (op, shape) and r.median_s is not None]
-        if ran:
-            first, *others = ran
-            ratio = 1 / min(first.ratios.values()) if others else None
-            within = ratio is None or ratio <= NEAR
-            found.append(Default(op, shape, first.backend, ratio, within))
+        able = [
+            row
+            for row in rows
+            if (row.op, row.shape) == (op, shape) and (row.failed or row.median_s is not None)
+        ]
+        if all(row.failed for row in able):
+            continue
+        first = able[0]
+        ratio = 1 / min(first.ratios.values()) if first.ratios else None
+        within = not first.failed and (ratio is None or ratio <= NEAR)
+        found.append(Default(op, shape, first.backend, ratio, within))
     return found

@@ -74,8 +74,6 @@ def _cells(row: Row) -> list[str]:
 def _left(summary: KernelsReport) -> Iterator[str]:
     for op, shapes in summary.left_out.items():
         yield f"{op}: not run, a call may take over {summary.budget_s:g} s: {', '.join(shapes)}"
-    for op in summary.absent:
-        yield f"{op}: not in this version"
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -71,11 +70,6 @@ class Op:
     def backends(self) -> Mapping[str, Any]:
         """The best first."""
         return PLAIN if self.api is None else importlib.import_module(self.api).BACKENDS
-
-    @property
-    def there(self) -> bool:
-        """Whether the package has it."""
-        return importlib.util.find_spec(f"{self.package}.shapes") is not None
 
 
 def at(function: Callable, sm: int | None) -> Callable:
@@ -195,8 +189,9 @@ def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
     kernel, out = (shape.k, shape.n), (shape.m, shape.n)
     nbytes = size(shape.a, dtype) + size(kernel, jnp.float32) + size(out, dtype)
     flops = 2.0 * shape.m * shape.n * shape.k
-    more = 3 if gradient else 1
-    return Case(make, call, lambda *_, **__: None, more * flops, more * nbytes)
+    if gradient:  # three products; with the output's, as many numbers again
+        flops, nbytes = 3 * flops, 2 * nbytes
+    return Case(make, call, lambda *_, **__: None, flops, nbytes)
 
 
 def sink_window(
@@ -220,7 +215,6 @@ def sink_window(
     rows, _, slots = shape.table.shape
     *lead, tokens, heads, width = shape.keys
     phases = (rows, slots, shape.turned)
-    window = (int(shape.table.any(1).sum()), tokens, heads, width)
     own = (rows, len(shape.own), tokens, heads, width)
     beside = beside or kind is not None
 
@@ -254,8 +248,19 @@ def sink_window(
         call=lambda backend, *x, sm=None: at(backend.attend, sm)(asked(*x)),
         refuse=lambda backend, *x, sm=None: at(backend.unsupported, sm)(asked(*x)),
         flops=float(shape.flops),
-        nbytes=2 * (size(shape.queries, dtype) + size(window, dtype if kind is None else kind)),
+        nbytes=2 * (size(shape.queries, dtype) + _window(shape, dtype, kind, beside)),
     )
+
+
+def _window(shape: Any, dtype: Any, kind: Any, beside: bool) -> float:
+    """Bytes of the keys that are seen, of slots and of what is beside them."""
+    seen, own = shape.table.any(1), list(shape.own)
+    fresh = int(seen[:, own].sum()) if beside else 0
+    each = shape.keys[3:]  # s a d
+    slots = (int(seen.sum()) - fresh, *each)
+    # Of eight bits with a scale for each token and head.
+    scales = 0.0 if kind in (None, NVFP4) else size(slots[:-1], jnp.float32)
+    return size(slots, kind or dtype) + scales + size((fresh, *each), dtype)
 
 
 def sink_window_gradient(shape: Any, dtype: Any) -> Case:

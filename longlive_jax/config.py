@@ -218,8 +218,8 @@ class StreamConfig:
     # Scores of attention are products of eight-bit numbers: of keys as they are kept, which are
     # int8 or fp8 then, with queries, and with a chunk's own keys, that are rounded likewise.
     eight_bit_scores: bool = False
-    # Which backend of `longlive_kernels.attention.sink_window` attends; "best": of those that have
-    # run on such a device.
+    # Which backend of `longlive_kernels.attention.sink_window` attends; "best": the first that can,
+    # of those that need not be asked for by name.
     attention: str = "best"
 
     KV = ("model", "bf16", "int8", "fp8", "nvfp4")

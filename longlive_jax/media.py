@@ -101,7 +101,6 @@ def read_clip(
             fitted.append(fit(_frame(pixels), "the clip", height, width))
         return Clip(np.stack([pixels for pixels, _ in fitted]), fitted[0][1])
     with open_video(source, "video") as (container, stream):
-        stream.thread_type = "AUTO"
         turn, pixel = None, Fraction(stream.sample_aspect_ratio or 1)
         decoded = _whole(source, container.decode(stream))
         for frame, count in _in_force(decoded, fps):
@@ -133,6 +132,8 @@ def open_video(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Any, A
             for stream in container.streams.video:
                 cover = stream.disposition & Disposition.attached_pic  # of a song
                 if stream.codec_context is not None and not cover:
+                    # Not of frames: such threads now and then lose that a frame is damaged.
+                    stream.thread_type = "SLICE"
                     yield container, stream
                     return
             raise InputError(f"{path} holds no {what}")

@@ -29,12 +29,12 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(config, items):
-    """What takes many minutes runs where it is asked for: `-m every_shape`, or by its name."""
+    """What takes many minutes runs where it is asked for: `-m long`, or by its name."""
     named = any("::" in argument for argument in config.args)
-    if not named and "every_shape" not in config.getoption("-m"):
-        long = [item for item in items if item.get_closest_marker("every_shape")]
+    if not named and "long" not in config.getoption("-m"):
+        long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("every_shape")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture(scope="module", autouse=True)

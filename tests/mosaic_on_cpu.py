@@ -58,8 +58,28 @@ def multiply_to_memory(total, left, right, barrier=None, *, accumulate=True):
         plgpu.barrier_arrive(barrier)
 
 
-def store_to_memory(ref, value):
-    ref[...] = value
+class TensorMemory:
+    """Stands in for the memory of tensor cores. Threads see what they store there once they have
+    committed it: kernels are looked at as they are traced.
+    """
+
+    def __init__(self):
+        self.stored = []  # and not committed
+
+    def store(self, part, value):
+        self.stored.append(part.ref)
+        part[...] = value
+
+    def commit(self):
+        self.stored.clear()
+
+    def load(self, part, **_):
+        assert not any(part.ref is x for x in self.stored), "read before it is committed"
+        return part[...]
+
+    def arrive(self, barrier, arrive=plgpu.barrier_arrive):
+        assert not self.stored, "told of before it is committed"
+        arrive(barrier)
 
 
 def run_scoped(body, accumulator):
@@ -99,6 +119,7 @@ def simulated():
         assert not gpu_callbacks.get_races().races_found
         return clean(token)
 
+    memory = TensorMemory()
     stand_ins = {
         (callback, "io_callback_impl"): called,
         (gpu_callbacks, "jnp"): np,
@@ -111,10 +132,11 @@ def simulated():
         (plgpu, "RefUnion"): lambda *refs: refs,
         (plgpu, "tcgen05_mma"): multiply_to_memory,
         (plgpu, "tcgen05_commit_arrive"): plgpu.barrier_arrive,
-        (plgpu, "async_load_tmem"): lambda ref, **_: ref[...],
-        (plgpu, "async_store_tmem"): store_to_memory,
+        (plgpu, "barrier_arrive"): memory.arrive,
+        (plgpu, "async_load_tmem"): memory.load,
+        (plgpu, "async_store_tmem"): memory.store,
         (plgpu, "wait_load_tmem"): lambda: None,
-        (plgpu, "commit_tmem"): lambda: None,
+        (plgpu, "commit_tmem"): memory.commit,
         (plgpu, "load"): lambda ref, index, **_: ref[...],
         (plgpu, "layout_cast"): lambda x, layout: x,
         (plgpu, "transpose_ref"): Transposed,

@@ -37,6 +37,7 @@ def measured(model, **changes):
     return bench_train.run(model, **asked)
 
 
+@pytest.mark.long
 def test_every_way_is_measured(model):
     """16 pictures are 5 latents, of which two ranks have two each."""
     found = measured(model)

@@ -240,6 +240,18 @@ def test_teacher_forcing_visits_the_tiles_of_the_table_and_no_other(name, kind):
     assert len(lists.entries) < 300_000
 
 
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("frames", [96, 192])
+def test_chunks_of_4680_tokens_end_in_a_tile_of_their_own(frames, kind):
+    rows = shapes.teacher_forcing(shapes.chunks(frames, 3))
+    shape = sized(rows, shapes.SHAPES["1.3b_16s"].tokens)
+    lists, _ = lists_of(shape, kind)
+    assert lists.ragged == (True, True)
+    tiles = [-(-3 * shape.tokens // size) for size in BOTH[kind][1]]
+    assert tiles == [37 if size == TILE else 74 for size in BOTH[kind][1]]
+    assert lists.outer[:, 5].sum() == len(shape.table.tiles) * tiles[0] * tiles[1]
+
+
 @pytest.mark.parametrize("name", LONG)
 def test_blackwell_visits_what_its_blocks_see_and_no_more(name):
     """Of 256 queries, which do not divide a chunk: every tile of keys that one of them sees."""

@@ -109,6 +109,7 @@ def values(workdir):
     return [{k: v for k, v in line.items() if k != "step"} for line in lines(workdir)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [2, 0], ids=["lora", "all weights"])
 def test_four_devices_are_one(tmp_path, given, rank):
     """Losses, norms, and all that was learned; weights move by up to 1e-2 a step."""
@@ -129,6 +130,7 @@ OTHER = dataclasses.replace(SMALL.dit, dim=64, ffn_dim=96, layers=2)
 BIDIRECTIONAL = DMDConfig(1, shift=3.0, real_guidance=3.0, causal=False, whole=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "clips, shot, changes",
     [
@@ -202,6 +204,7 @@ def test_what_is_written_is_a_lora_of_the_model(tmp_path, given, model):
     )
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
     """A step of a sequence of a minute takes what one of ten seconds takes: 960 and 160 frames."""
 

@@ -36,6 +36,7 @@ def alone():
     return stepped((1, 1, 1))
 
 
+@pytest.mark.long
 def test_a_step_on_four_devices_is_one_devices():
     """NVFP4 under Balanced SP. Operands are the same to the byte where what they are made of is
     (`test_nvfp4_linear.py`); a sum in another order now and then moves a number over the edge
@@ -92,7 +93,7 @@ def test_an_order_changes_where_a_number_lies_and_not_the_number():
     np.testing.assert_allclose(theirs[0][0], by_hand, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_model_learns_as_in_float32():
     """40 steps on four videos: the loss falls as far, within a tenth of the fall."""
 

@@ -118,6 +118,7 @@ def begun(own: Any, group: Scalar) -> State:
     for start in range(0, own.q_tile.shape[2], PART):
         zeros = block.zeros(ROWS, PART, layout=LAYOUT)
         plgpu.async_store_tmem(_sums(own, group, start, PART), zeros)
+    plgpu.commit_tmem()
     none = block.zeros(ROWS, layout=LAYOUT)
     return none + NEVER, none
 

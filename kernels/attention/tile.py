@@ -4,9 +4,9 @@ from longlive_kernels import arch
 
 UNITS = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}  # by architecture
 
-GROUPS = 2  # warpgroups that multiply
-ROWS = 64  # of a tile, that one of them has; twice as many with tcgen05
-TILE = GROUPS * ROWS  # tokens of a tile that a block works at
+GROUPS = 2  # warpgroups of a block that have the softmax; with wgmma they multiply, too
+ROWS = 64  # of queries, that one of them has with wgmma
+TILE = GROUPS * ROWS  # tokens of a block's tile; with tcgen05, forwards have two
 SLAB = 8  # rows that are stored at a time where a tile is not whole
 
 

@@ -81,7 +81,7 @@ def define(values: flags.FlagValues) -> None:
     enum(
         "shapes",
         None,
-        ["real", "small"],
+        ["all", "small"],
         "with --suite kernels: all shapes, or those that take no longer than a moment; by default"
         " real on an accelerator, small on a CPU",
         flag_values=values,

@@ -52,7 +52,7 @@ def define_model(values: flags.FlagValues) -> None:
         "attention",
         "best",
         ["best", *backends.names("attention/sink_window")],
-        "what attends the memory; the best is one that has run on such a device",
+        "what attends the memory; best: the first that can, of those that need not be asked for",
         flag_values=values,
     )
     define_precision(values)

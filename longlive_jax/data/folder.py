@@ -194,7 +194,6 @@ def read(
     frames = np.empty((len(indices), height, width, 3), np.uint8)
     done = 0
     with open_video(path, "video") as (container, stream):
-        stream.thread_type = "AUTO"
         turn, pixel = None, Fraction(stream.sample_aspect_ratio or 1)
         for number, frame in _numbered(container, stream, times, indices[0]):
             if number < indices[done]:

@@ -33,12 +33,14 @@ class Blocks:
     registers: tuple[int, int]
 
 
+# Of Hopper: forwards, the gradient of q, those of k and v.
 FORWARD = Blocks(tile=128, stages=2, registers=(40, 232))
-BLACKWELL = Blocks(tile=128, stages=2, registers=(24, 232))
-# Of Blackwell. Stages are shared out to the warpgroups that make weights: as many for each.
-GRADIENT = Blocks(tile=64, stages=4, registers=(24, 232))
 QUERIES = Blocks(tile=128, stages=2, registers=(24, 240))
 KEYS = Blocks(tile=64, stages=4, registers=(24, 240))
+# Of Blackwell: forwards, and gradients. Of these, stages are shared out to the warpgroups that make
+# weights, as many for each.
+BLACKWELL = Blocks(tile=128, stages=2, registers=(24, 232))
+GRADIENT = Blocks(tile=64, stages=4, registers=(24, 232))
 
 Heads = BFloat16[Array, "b n a d"]
 Keys = BFloat16[Array, "b m a d"]

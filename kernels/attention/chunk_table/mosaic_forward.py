@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention.chunk_table.mosaic import FORWARD
 from longlive_kernels.attention.chunk_table.mosaic_lists import Lists
 from longlive_kernels.attention.tile import GROUPS, ROWS
@@ -78,7 +79,7 @@ def _kernel(*refs, ragged, **scratch):
     q, k, v, outer, *listed, out, sums = refs
     own = types.SimpleNamespace(**scratch)
     group = lax.axis_index("group")
-    work = block.Work.of(outer, q.shape[2])
+    work = mosaic_stream.Work.of(outer, q.shape[2])
 
     @pl.when(group == GROUPS)
     def _():
@@ -86,11 +87,11 @@ def _kernel(*refs, ragged, **scratch):
         for each in range(GROUPS):
             rows = work.tokens(q, work.start + each * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(rows, own.q_tile.at[each], own.q_loaded)
-        block.stream(
+        mosaic_stream.stream(
             work,
             listed,
-            block.Stream.of(own, "k", lambda start, _: work.tokens(k, start, FORWARD.tile)),
-            block.Stream.of(own, "v", lambda start, _: work.tokens(v, start, FORWARD.tile)),
+            mosaic_stream.Stream.of(own, "k", lambda start, _: work.tokens(k, start, FORWARD.tile)),
+            mosaic_stream.Stream.of(own, "v", lambda start, _: work.tokens(v, start, FORWARD.tile)),
         )
 
     @pl.when(group < GROUPS)
@@ -101,13 +102,13 @@ def _kernel(*refs, ragged, **scratch):
         own.q_tile.at[group][...] = total.astype(jnp.bfloat16)
         own.sums_tile.at[group][...] = logarithms
         plgpu.commit_smem()
-        block.store(own.q_tile.at[group], out, work, ragged[0])
+        mosaic_stream.store(own.q_tile.at[group], out, work, ragged[0])
         place = work.places(sums, work.place + group * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(own.sums_tile.at[group], place)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(own, work: block.Work, group: Array, listed: list, ragged: bool):
+def _attend(own, work: mosaic_stream.Work, group: Array, listed: list, ragged: bool):
     """The output, [ROWS d], and the logarithms, [ROWS]."""
     width = own.q_tile.shape[-1]
     shape = (ROWS, FORWARD.tile)
@@ -131,7 +132,7 @@ def _attend(own, work: block.Work, group: Array, listed: list, ragged: bool):
         scores = pl.run_scoped(functools.partial(products, slot), accumulator)
         plgpu.barrier_arrive(own.k_consumed.at[slot])
         if not whole:
-            scores = block.masked(scores, block.filled(listed, work.first + at))
+            scores = block.masked(scores, mosaic_stream.filled(listed, work.first + at))
         # Finite: a tile has a key that its queries see.
         highest = jnp.maximum(top, scores.max(1) * scale)
         fade = jnp.exp2(top - highest)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention.chunk_table.mosaic import KEYS
 from longlive_kernels.attention.chunk_table.mosaic_lists import Lists
 from longlive_kernels.attention.tile import GROUPS, ROWS
@@ -63,7 +64,7 @@ def _kernel(*refs, ragged, **scratch):
     q, k, v, grad, sums, mean, outer, *listed, dk, dv = refs
     own = types.SimpleNamespace(**scratch)
     group = lax.axis_index("group")
-    work = block.Work.of(outer, q.shape[2])
+    work = mosaic_stream.Work.of(outer, q.shape[2])
 
     @pl.when(group == GROUPS)
     def _():
@@ -72,16 +73,16 @@ def _kernel(*refs, ragged, **scratch):
             for source, tile in ((k, own.k_tile), (v, own.v_tile)):
                 rows = work.tokens(source, work.start + each * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(rows, tile.at[each], own.rows_loaded)
-        block.stream(
+        mosaic_stream.stream(
             work,
             listed,
-            block.Stream.of(
+            mosaic_stream.Stream.of(
                 own,
                 "q",
                 lambda start, _: work.tokens(q, start, KEYS.tile),
                 sums=lambda _, place: work.places(sums, place, KEYS.tile),
             ),
-            block.Stream.of(
+            mosaic_stream.Stream.of(
                 own,
                 "grad",
                 lambda start, _: work.tokens(grad, start, KEYS.tile),
@@ -97,12 +98,12 @@ def _kernel(*refs, ragged, **scratch):
         for total, tile in zip(totals, (own.k_tile, own.v_tile), strict=True):
             tile.at[group][...] = total.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        block.store(own.k_tile.at[group], dk, work, ragged)
-        block.store(own.v_tile.at[group], dv, work, ragged)
+        mosaic_stream.store(own.k_tile.at[group], dk, work, ragged)
+        mosaic_stream.store(own.v_tile.at[group], dv, work, ragged)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _sums(own, work: block.Work, group: Array) -> tuple[Array, Array]:
+def _sums(own, work: mosaic_stream.Work, group: Array) -> tuple[Array, Array]:
     """The gradients of k and v, [ROWS d]. Places without a query have sums of inf: no weight."""
     width = own.k_tile.shape[-1]
     shape = (ROWS, KEYS.tile)

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention.chunk_table.mosaic import QUERIES
 from longlive_kernels.attention.chunk_table.mosaic_lists import Lists
 from longlive_kernels.attention.tile import GROUPS, ROWS
@@ -60,7 +61,7 @@ def _kernel(*refs, ragged, **scratch):
     q, k, v, grad, sums, mean, outer, *listed, out = refs
     own = types.SimpleNamespace(**scratch)
     group = lax.axis_index("group")
-    work = block.Work.of(outer, q.shape[2])
+    work = mosaic_stream.Work.of(outer, q.shape[2])
 
     @pl.when(group == GROUPS)
     def _():
@@ -74,11 +75,11 @@ def _kernel(*refs, ragged, **scratch):
                 (work.places(mean, place, ROWS), own.mean_tile),
             ):
                 plgpu.copy_gmem_to_smem(source, tile.at[each], own.rows_loaded)
-        block.stream(
+        mosaic_stream.stream(
             work,
             listed,
-            block.Stream.of(own, "k", lambda start, _: work.tokens(k, start, QUERIES.tile)),
-            block.Stream.of(own, "v", lambda start, _: work.tokens(v, start, QUERIES.tile)),
+            mosaic_stream.Stream.of(own, "k", lambda start, _: work.tokens(k, start, QUERIES.tile)),
+            mosaic_stream.Stream.of(own, "v", lambda start, _: work.tokens(v, start, QUERIES.tile)),
         )
 
     @pl.when(group < GROUPS)
@@ -88,11 +89,11 @@ def _kernel(*refs, ragged, **scratch):
         total = _sum(own, work, group, listed, ragged[1])
         own.q_tile.at[group][...] = total.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        block.store(own.q_tile.at[group], out, work, ragged[0])
+        mosaic_stream.store(own.q_tile.at[group], out, work, ragged[0])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _sum(own, work: block.Work, group: Array, listed: list, ragged: bool) -> Array:
+def _sum(own, work: mosaic_stream.Work, group: Array, listed: list, ragged: bool) -> Array:
     """The gradient, [ROWS d]."""
     width = own.q_tile.shape[-1]
     shape = (ROWS, QUERIES.tile)
@@ -105,7 +106,7 @@ def _sum(own, work: block.Work, group: Array, listed: list, ragged: bool) -> Arr
         plgpu.barrier_wait(own.k_loaded.at[slot])
         scores = block.product(own.q_tile.at[group], own.k_tile.at[slot])
         if not whole:
-            scores = block.masked(scores, block.filled(listed, work.first + at))
+            scores = block.masked(scores, mosaic_stream.filled(listed, work.first + at))
         weights = jnp.exp2(scores * (scale * block.LOG2E) - block.across(sums, shape))
         plgpu.barrier_wait(own.v_loaded.at[slot])
         change = block.product(own.grad_tile.at[group], own.v_tile.at[slot])

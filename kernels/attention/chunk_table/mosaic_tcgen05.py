@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention import mosaic_tcgen05 as tcgen05
 from longlive_kernels.attention.chunk_table.mosaic import BLACKWELL
 from longlive_kernels.attention.chunk_table.mosaic_forward import kernel
@@ -39,7 +40,7 @@ def _kernel(*refs, ragged, **scratch):
     q, k, v, outer, *listed, out, sums = refs
     own = types.SimpleNamespace(**scratch)
     group = lax.axis_index("group")
-    work = block.Work.of(outer, q.shape[2])
+    work = mosaic_stream.Work.of(outer, q.shape[2])
     loads, has_softmax = BLACKWELL.registers
 
     def holds(each):
@@ -55,11 +56,15 @@ def _kernel(*refs, ragged, **scratch):
         plgpu.set_max_registers(loads, action="decrease")
         for each in range(GROUPS):
             pl.when(holds(each))(functools.partial(load, each))
-        block.stream(
+        mosaic_stream.stream(
             work,
             listed,
-            block.Stream.of(own, "k", lambda start, _: work.tokens(k, start, BLACKWELL.tile)),
-            block.Stream.of(own, "v", lambda start, _: work.tokens(v, start, BLACKWELL.tile)),
+            mosaic_stream.Stream.of(
+                own, "k", lambda start, _: work.tokens(k, start, BLACKWELL.tile)
+            ),
+            mosaic_stream.Stream.of(
+                own, "v", lambda start, _: work.tokens(v, start, BLACKWELL.tile)
+            ),
         )
 
     @pl.when(group == tcgen05.ASKS)
@@ -74,18 +79,18 @@ def _kernel(*refs, ragged, **scratch):
         # Asked anew, here and in every step: what all warpgroups keep is what ptxas spills.
         group = lax.axis_index("group")
         _attend(own, work, group, listed, ragged[1])
-        block.store(own.q_tile.at[group], out, work, ragged[0])
+        mosaic_stream.store(own.q_tile.at[group], out, work, ragged[0])
         place = work.places(sums, work.place + group * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(own.sums_tile.at[group], place)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(own, work: block.Work, group: Array, listed: list, ragged: bool):
+def _attend(own, work: mosaic_stream.Work, group: Array, listed: list, ragged: bool):
     """Leaves the output in place of the queries, and the logarithms beside it."""
     scale = block.LOG2E / math.sqrt(own.q_tile.shape[-1])
 
     def step(at, state, *, whole: bool):
-        count = None if whole else block.filled(listed, work.first + at)
+        count = None if whole else mosaic_stream.filled(listed, work.first + at)
         return tcgen05.weigh(own, lax.axis_index("group"), state, scale, BLACKWELL.tile, count)
 
     state = tcgen05.begun(own, group)

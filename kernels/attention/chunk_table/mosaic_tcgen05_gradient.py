@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels.attention import mosaic_block as block
+from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention import mosaic_tcgen05 as tcgen05
 from longlive_kernels.attention.chunk_table.mosaic import GRADIENT
 from longlive_kernels.attention.chunk_table.mosaic_lists import Lists
@@ -101,7 +102,7 @@ def _kernel(*refs, ragged, columns, **scratch):
     *given, sums, mean, outer, inner, entries = refs[:9]
     own, outs = types.SimpleNamespace(**scratch), refs[9:]
     group, listed = lax.axis_index("group"), [inner, entries]
-    work = block.Work.of(outer, given[0].shape[2])
+    work = mosaic_stream.Work.of(outer, given[0].shape[2])
     loads, has_weights = GRADIENT.registers
 
     @pl.when(group == tcgen05.LOADS)
@@ -121,8 +122,8 @@ def _kernel(*refs, ragged, columns, **scratch):
             name: lambda start, _, x=x: work.tokens(x, start, GRADIENT.tile)
             for name, x in zip(("score", "change"), given[2:], strict=True)
         }
-        parts = (block.Stream.of(own, n, s, **more.get(n, {})) for n, s in sources.items())
-        block.stream(work, listed, *parts)
+        parts = (mosaic_stream.Stream.of(own, n, s, **more.get(n, {})) for n, s in sources.items())
+        mosaic_stream.stream(work, listed, *parts)
 
     @pl.when(group == tcgen05.ASKS)
     def _():
@@ -188,7 +189,7 @@ def _begin(own, group: Scalar):
     plgpu.barrier_arrive(own.begun)
 
 
-def _weigh(own, group: Scalar, work: block.Work, columns: bool, listed: list | None):
+def _weigh(own, group: Scalar, work: mosaic_stream.Work, columns: bool, listed: list | None):
     """The weights of every other tile, and how they change. listed: where keys are not there."""
     scale, stages = block.LOG2E / math.sqrt(own.rows_tile.shape[2]), jnp.int32(GRADIENT.stages)
     starts = range(0, GRADIENT.tile, PART)
@@ -218,7 +219,7 @@ def _weigh(own, group: Scalar, work: block.Work, columns: bool, listed: list | N
         plgpu.wait_load_tmem()  # weights come where they were
         for start, (scores, change) in zip(starts, parts, strict=True):
             if listed is not None:
-                there = block.filled(listed, work.first + at) - start
+                there = mosaic_stream.filled(listed, work.first + at) - start
                 scores = block.masked(scores, there, layout=LAYOUT)
             weights = jnp.exp2(scores * scale - of(own.sums_tile, stage, start))
             change = weights * (change - of(own.mean_tile, stage, start))
@@ -233,7 +234,7 @@ def _weigh(own, group: Scalar, work: block.Work, columns: bool, listed: list | N
     lax.fori_loop(0, count, step, None)
 
 
-def _store(own, each: int, out: Ref, work: block.Work, ragged: bool):
+def _store(own, each: int, out: Ref, work: mosaic_stream.Work, ragged: bool):
     """One of the sums, to where it is kept, by way of what was multiplied."""
     width, tile = own.rows_tile.shape[2], own.rows_tile.at[each]
     factor = 1.0 if each else 1 / math.sqrt(width)
@@ -242,7 +243,7 @@ def _store(own, each: int, out: Ref, work: block.Work, ragged: bool):
         total = plgpu.async_load_tmem(part, layout=plgpu.Layout.TCGEN05) * factor
         tile.at[:, pl.ds(start, STORED)][...] = total.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    block.store(tile, out, work, ragged, jnp.int32(0))
+    mosaic_stream.store(tile, out, work, ragged, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -2,9 +2,11 @@
 A table of one slot is attended as by the reference, if in float32.
 
 Runs wherever XLA does. A step is some query frames and some slots of the list of those that they
-see; no more is unpacked at a time. On CPUs what nobody sees is neither read nor multiplied. A GPU
-would have to ask the host, step by step, whether there is another one: there a list is gone through
-to its end, and what is behind its last slot is hidden. That is work only until the window is full.
+see; no more is unpacked at a time. On CPUs forward steps end with the list: what none of their
+frames sees is neither read nor multiplied. A GPU would have to ask the host, step by step, whether
+there is another one: there, and for gradients, as many steps are gone through as there are slots,
+and what is behind a list's last one is hidden. For a chunk that is work only until the window is
+full; a recache, whose frames see those before them, does 1.6 times the work.
 """
 
 from __future__ import annotations
