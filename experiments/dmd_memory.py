@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +124,7 @@ def programs(
 
         made = jax.jit(run, donate_argnums=0, out_shardings=(places, None, None))
         given = state, frozen, plot(cfg, videos * count, mesh), key
-        # Which GPU our kernels are written for; the process has none.
-        with mock.patch.object(arch, "default", functools.partial(arch.of, devices[0])):
+        with arch.pretended(devices[0]):
             found[which] = made.lower(*given).compile()
         logging.info("%s, %s: %.1f GB", row.name, which, peak(found[which]) / 1e9)
     return found

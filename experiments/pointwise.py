@@ -10,7 +10,6 @@ save.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -50,11 +49,11 @@ def program(cfg: ModelConfig, gpu: gpus.GPU) -> str:
     """The text of all steps of a chunk."""
     described = dict(platform="cuda", topology_name=gpu.name, target_config=gpu.describe())
     device = topologies.get_topology_desc(**described, topology="1x1x1").devices[0]
-    arch.default = functools.partial(arch.of, device)  # which our kernel is written for
     stream = dataclasses.replace(cfg.stream, attention="mosaic")
     cfg = dataclasses.replace(cfg, stream=stream)
     run, given = footprint.programs(cfg, SingleDeviceSharding(device))["denoise"]
-    return run.lower(*given).compile().as_text()
+    with arch.pretended(device):
+        return run.lower(*given).compile().as_text()
 
 
 def block(text: str) -> list[str]:

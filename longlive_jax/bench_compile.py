@@ -9,10 +9,12 @@ for, and a compiler that dies takes nothing else with it.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 OK = "ok"
 GPUS = ("h100", "b200")
@@ -49,7 +51,6 @@ def missing() -> str:
 
 def compiled(gpu: str, op: str, shapes: Sequence[str]) -> Iterator[dict[str, str]]:
     """Compiles in this process. Numbers are bfloat16."""
-    import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -61,19 +62,27 @@ def compiled(gpu: str, op: str, shapes: Sequence[str]) -> Iterator[dict[str, str
     text = gpus.find(gpu).describe()
     described = dict(platform="cuda", topology_name=gpu, target_config=text, topology="1x1x1")
     (device,) = topologies.get_topology_desc(**described).devices
-    sm, row = arch.of(device), OPS[op]
+    row = OPS[op]
     for shape in shapes:
         case = row.case(row.shapes[shape], jnp.bfloat16)
         operands = footprint.placed(case.abstract(), SingleDeviceSharding(device))
         for name, backend in row.backends.items():
-            verdict = case.refusal(backend, sm=sm) or OK
-            if verdict == OK:
-                program = jax.jit(lambda *x: case.call(backend, *x, sm=sm))  # noqa: B023
-                try:
-                    program.lower(*operands).compile()
-                except Exception as error:  # noqa: BLE001  # the compiler's answer, whatever it is
-                    verdict = _line(str(error), 0) or type(error).__name__
+            with arch.pretended(device):
+                verdict = _verdict(case, backend, operands)
             yield {"shape": shape, "backend": name, "verdict": verdict}
+
+
+def _verdict(case: Any, backend: Any, operands: tuple) -> str:
+    import jax
+
+    refused = case.refusal(backend)
+    if refused:
+        return refused
+    try:
+        jax.jit(functools.partial(case.call, backend)).lower(*operands).compile()
+    except Exception as error:  # noqa: BLE001  # the compiler's answer, whatever it is
+        return _line(str(error), 0) or type(error).__name__
+    return OK
 
 
 def _line(text: str, which: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,8 +27,7 @@ class Case:
     """One op at one shape.
 
     make: operands, of a key. call: a backend and operands → the result. refuse: the same → why it
-    cannot run, or None. Both take `sm`, the architecture, where it is not the default device's.
-    flops: of matrix products. nbytes: what must be read and written once.
+    cannot run, or None. flops: of matrix products. nbytes: what must be read and written once.
     """
 
     make: Callable[[Any], tuple]
@@ -42,10 +40,10 @@ class Case:
         """The operands by shape."""
         return jax.eval_shape(self.make, jax.random.key(0))
 
-    def refusal(self, backend: Any, **given: int) -> str | None:
+    def refusal(self, backend: Any) -> str | None:
         """Why that backend cannot run the case; None if it can."""
         said = []
-        jax.eval_shape(lambda *x: said.append(self.refuse(backend, *x, **given)), *self.abstract())
+        jax.eval_shape(lambda *x: said.append(self.refuse(backend, *x)), *self.abstract())
         return said[0]
 
 
@@ -70,12 +68,6 @@ class Op:
     def backends(self) -> Mapping[str, Any]:
         """The best first."""
         return PLAIN if self.api is None else importlib.import_module(self.api).BACKENDS
-
-
-def at(function: Callable, sm: int | None) -> Callable:
-    """`function` for that architecture, where it asks for one."""
-    asks = sm is not None and "sm" in inspect.signature(function).parameters
-    return functools.partial(function, sm=sm) if asks else function
 
 
 def normal(key: Any, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> tuple:
@@ -111,12 +103,12 @@ def chunk_table(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
     shapes = (shape.queries, shape.keys, shape.keys) + (shape.queries,) * gradient
     pairs = float(shape.table.array.sum()) * shape.tokens**2 * shape.batch
 
-    def call(backend, q, k, v, *grad, sm=None):
-        attend = lambda q, k, v: at(backend.attend, sm)(q, k, v, shape.table)  # noqa: E731
+    def call(backend, q, k, v, *grad):
+        attend = lambda q, k, v: backend.attend(q, k, v, shape.table)  # noqa: E731
         return both(attend, (q, k, v), *grad) if gradient else attend(q, k, v)
 
-    def refuse(backend, q, k, v, *_, sm=None):
-        return at(backend.unsupported, sm)(q, k, v, shape.table)
+    def refuse(backend, q, k, v, *_):
+        return backend.unsupported(q, k, v, shape.table)
 
     return Case(
         make=lambda key: normal(key, shapes, dtype),
@@ -139,11 +131,11 @@ def quantize(shape: Any, dtype: Any) -> Case:
         amax = largest(x, transpose=shape.transpose, signs=signs)
         return dict(rule="mse", signs=signs, draws=None, amax=amax) | how
 
-    def call(backend, x, signs, sm=None):
-        return at(backend.quantize, sm)(x, **options(x, signs))
+    def call(backend, x, signs):
+        return backend.quantize(x, **options(x, signs))
 
-    def refuse(backend, x, signs, sm=None):
-        return at(backend.unsupported, sm)(x, **options(x, signs))
+    def refuse(backend, x, signs):
+        return backend.unsupported(x, **options(x, signs))
 
     def make(key):
         return *normal(key, (shape.x,), dtype), jax.random.rademacher(key, (BLOCK,), jnp.float32)
@@ -160,11 +152,11 @@ def matmul(shape: Any, dtype: Any, *, mixed: bool = False) -> Case:
         a = normal(one, (shape.a,), dtype)[0] if mixed else nvfp4(one, shape.a)
         return a, nvfp4(two, shape.b)
 
-    def call(backend, a, b, sm=None):
-        return at(getattr(backend, name), sm)(a, b, dtype)
+    def call(backend, a, b):
+        return getattr(backend, name)(a, b, dtype)
 
-    def refuse(backend, a, b, sm=None):
-        return at(backend.unsupported, sm)(a, b, dtype)
+    def refuse(backend, a, b):
+        return backend.unsupported(a, b, dtype)
 
     out = (*shape.batch, shape.m, shape.n)
     read = size(shape.a, dtype if mixed else NVFP4) + size(shape.b, NVFP4)
@@ -181,7 +173,7 @@ def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
         kernel = normal(two, ((shape.k, shape.n),), jnp.float32)
         return normal(one, (shape.a, (shape.m, shape.n))[: 1 + gradient], dtype) + kernel
 
-    def call(backend, x, *rest, sm=None):
+    def call(backend, x, *rest):
         *grad, kernel = rest
         run = lambda x, kernel: layer(x, kernel, jax.random.key(0))  # noqa: E731
         return both(run, (x, kernel), *grad) if gradient else run(x, kernel)
@@ -191,7 +183,7 @@ def linear(shape: Any, dtype: Any, *, gradient: bool = False) -> Case:
     flops = 2.0 * shape.m * shape.n * shape.k
     if gradient:  # three products; with the output's, as many numbers again
         flops, nbytes = 3 * flops, 2 * nbytes
-    return Case(make, call, lambda *_, **__: None, flops, nbytes)
+    return Case(make, call, lambda *_: None, flops, nbytes)
 
 
 def sink_window(
@@ -245,8 +237,8 @@ def sink_window(
 
     return Case(
         make=make,
-        call=lambda backend, *x, sm=None: at(backend.attend, sm)(asked(*x)),
-        refuse=lambda backend, *x, sm=None: at(backend.unsupported, sm)(asked(*x)),
+        call=lambda backend, *x: backend.attend(asked(*x)),
+        refuse=lambda backend, *x: backend.unsupported(asked(*x)),
         flops=float(shape.flops),
         nbytes=2 * (size(shape.queries, dtype) + _window(shape, dtype, kind, beside)),
     )
@@ -272,16 +264,16 @@ def sink_window_gradient(shape: Any, dtype: Any) -> Case:
         one, other = jax.random.split(key)
         return *ahead.make(one), *normal(other, (shape.queries,), dtype)
 
-    def call(backend, new, *given, sm=None):
+    def call(backend, new, *given):
         *rest, grad = given
-        return both(lambda new: ahead.call(backend, new, *rest, sm=sm), (new,), grad)
+        return both(lambda new: ahead.call(backend, new, *rest), (new,), grad)
 
     # Scores again, the gradient of weights and of queries; of own frames two products more.
     seen = float(shape.table[:, :, list(shape.own)].sum()) / max(shape.pairs, 1)
     return Case(
         make=make,
         call=call,
-        refuse=lambda backend, *x, sm=None: ahead.refuse(backend, *x[:-1], sm=sm),
+        refuse=lambda backend, *x: ahead.refuse(backend, *x[:-1]),
         flops=(2.5 + seen) * ahead.flops,
         nbytes=ahead.nbytes + 2 * (size(shape.queries, dtype) + size(own, dtype)),
     )

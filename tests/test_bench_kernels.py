@@ -1,6 +1,7 @@
 """The report of kernels: counts worked out by hand, the check of defaults, small runs."""
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 
@@ -395,6 +396,18 @@ def test_verdicts_are_the_compilers(gpu):
     if gpu == "b200":
         assert found["5b_up", "mosaic"] == "ok"
         assert "multiples" in found["odd_columns", "mosaic"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("gpu", bench_compile.GPUS)
+def test_libraries_of_attention_are_compiled_for_a_gpu_that_is_not_there(gpu):
+    """With neither cuDNN nor a device that a library would write its kernel for."""
+    if bench_compile.missing():
+        pytest.skip("needs the [aot] extra")
+    found = bench_compile.verdicts(gpu, "attention/sink_window", ["1.3b_second"])
+    if importlib.util.find_spec("tokamax") is None:
+        assert "needs tokamax" in found.pop(("1.3b_second", "tokamax"))
+    assert len(found) > 3 and set(found.values()) == {"ok"}
 
 
 def test_an_unknown_op_is_named(capsys):

@@ -272,6 +272,12 @@ def test_an_architecture_is_read_off_a_device(capability, number):
     assert arch.of(device) == number
 
 
+def test_a_pretended_device_is_the_default_for_a_while():
+    with arch.pretended(mock.Mock(spec=jax.Device, compute_capability="9.0")):
+        assert arch.default() == 90
+    assert arch.default() is None
+
+
 class Transposed:
     def __init__(self, ref):
         self.ref = ref

@@ -14,7 +14,6 @@ import sys
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.extend import backend as platforms
 from jax.sharding import SingleDeviceSharding
 from longlive_kernels import arch
 from longlive_kernels.attention.sink_window import Fresh, Scaled
@@ -34,10 +33,8 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
     device = topologies.get_topology_desc(**described).devices[0]
     sharding = SingleDeviceSharding(device)
     run = importlib.import_module(f"longlive_kernels.attention.sink_window.{backend}").attend
-    if backend == "mosaic":
-        run = functools.partial(run, sm=int(sm) if sm else arch.of(device))
-    else:
-        platforms.get_default_device = lambda: device  # which tokamax writes its kernel for
+    if sm:
+        run = functools.partial(run, sm=int(sm))
     shape = SHAPES[name]
     *lead, tokens, heads, width = shape.keys
     kind, _, scores = kind.partition("_")
@@ -75,7 +72,8 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
         array((rows, slots, shape.turned), jnp.float32),
     )
     wanted = gradient if kind == "gradient" else attend
-    program = jax.jit(wanted, keep_unused=True).lower(*given).compile()
+    with arch.pretended(device):
+        program = jax.jit(wanted, keep_unused=True).lower(*given).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

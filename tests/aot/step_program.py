@@ -6,7 +6,6 @@ process runs (jax 0.10.2).
 """
 
 import dataclasses
-import functools
 import pathlib
 import sys
 
@@ -35,11 +34,10 @@ def main(gpu: str, preset: str, kv: str) -> jax.stages.Compiled:
     spec = (SPECS / f"{gpu}.txtpb").read_text()
     described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
     device = topologies.get_topology_desc(**described).devices[0]
-    # Which GPU our kernels are written for; the process has none.
-    arch.default = functools.partial(arch.of, device)
     cfg = streaming(preset, kv)
     run, given = footprint.programs(cfg, SingleDeviceSharding(device))["denoise"]
-    return run.lower(*given).compile()
+    with arch.pretended(device):
+        return run.lower(*given).compile()
 
 
 if __name__ == "__main__":
