@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 from longlive_kernels.attention import mosaic_block as block
-from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention import mosaic_tcgen05 as tcgen05
+from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention.chunk_table.mosaic import BLACKWELL
 from longlive_kernels.attention.chunk_table.mosaic_forward import kernel
 from longlive_kernels.attention.chunk_table.mosaic_lists import Lists
