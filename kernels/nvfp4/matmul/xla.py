@@ -52,10 +52,12 @@ def _in_bfloat16(x, w, x_unit, w_unit):
 
 
 def _in_float32(x, w, x_unit, w_unit):
-    """Factors are a pass of their own on a CPU: over operands, where these have fewer numbers."""
+    """Factors are a pass of their own on a CPU: over operands, where these have fewer numbers, or
+    are several matrices, each with a factor of its own.
+    """
     x = x.astype(jnp.float32)
     sums = x.size // x.shape[-1] * w.shape[-2]
-    if x.size + w.size < sums:
+    if w.ndim > 2 or x.size + w.size < sums:
         return _sums(x * x_unit, w * w_unit)
     return _scaled(_sums(x, w), x_unit, w_unit)
 
