@@ -256,7 +256,7 @@ def _window(shape: Any, dtype: Any, kind: Any, beside: bool) -> float:
 
 
 def sink_window_gradient(shape: Any, dtype: Any) -> Case:
-    """The same and its gradient, of queries and of the chunk's own frames; the memory has none."""
+    """The same, and its gradient in queries and in the chunk's own frames; the memory has none."""
     ahead = sink_window(shape, dtype, beside=True)
     own = (shape.keys[1], len(shape.own), *shape.keys[3:])
 

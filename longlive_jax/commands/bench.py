@@ -83,7 +83,7 @@ def define(values: flags.FlagValues) -> None:
         None,
         ["all", "small"],
         "with --suite kernels: all shapes, or those that take no longer than a moment; by default"
-        " real on an accelerator, small on a CPU",
+        " all on an accelerator, small on a CPU",
         flag_values=values,
     )
     define_model(values)
