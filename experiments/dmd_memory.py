@@ -16,9 +16,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu
 from rich.console import Console
 from rich.table import Table
 
@@ -95,12 +94,7 @@ def programs(
     attention: str = "best",
 ) -> dict[str, jax.stages.Compiled]:
     """The student's step and the critic's, on `count` devices with so many videos on each."""
-    devices = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=gpu.name,
-        target_config=gpu.describe(),
-        topology=f"1x{count}x1",
-    ).devices
+    devices = absent_gpu.devices(gpu.name, gpu.describe(), count)
     mesh = sharding.make_mesh(1, count, devices=devices)
     party = Party(Learning(row.rank), OptimizerConfig(1e-5, 1000))
     flow = Flow(cfg.sampler.shift)
@@ -124,7 +118,7 @@ def programs(
 
         made = jax.jit(run, donate_argnums=0, out_shardings=(places, None, None))
         given = state, frozen, plot(cfg, videos * count, mesh), key
-        with arch.pretended(devices[0]):
+        with absent_gpu.target(devices[0]):
             found[which] = made.lower(*given).compile()
         logging.info("%s, %s: %.1f GB", row.name, which, peak(found[which]) / 1e9)
     return found

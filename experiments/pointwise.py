@@ -16,9 +16,8 @@ import pathlib
 import re
 
 from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu
 from rich.console import Console
 from rich.table import Table
 
@@ -47,12 +46,11 @@ class Kernel:
 
 def program(cfg: ModelConfig, gpu: gpus.GPU) -> str:
     """The text of all steps of a chunk."""
-    described = dict(platform="cuda", topology_name=gpu.name, target_config=gpu.describe())
-    device = topologies.get_topology_desc(**described, topology="1x1x1").devices[0]
+    (device,) = absent_gpu.devices(gpu.name, gpu.describe())
     stream = dataclasses.replace(cfg.stream, attention="mosaic")
     cfg = dataclasses.replace(cfg, stream=stream)
     run, given = footprint.programs(cfg, SingleDeviceSharding(device))["denoise"]
-    with arch.pretended(device):
+    with absent_gpu.target(device):
         return run.lower(*given).compile().as_text()
 
 

@@ -52,22 +52,19 @@ def missing() -> str:
 def compiled(gpu: str, op: str, shapes: Sequence[str]) -> Iterator[dict[str, str]]:
     """Compiles in this process. Numbers are bfloat16."""
     import jax.numpy as jnp
-    from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
-    from longlive_kernels import arch
+    from longlive_kernels import absent_gpu
 
     from longlive_jax import footprint, gpus
     from longlive_jax.bench_ops import OPS
 
-    text = gpus.find(gpu).describe()
-    described = dict(platform="cuda", topology_name=gpu, target_config=text, topology="1x1x1")
-    (device,) = topologies.get_topology_desc(**described).devices
+    (device,) = absent_gpu.devices(gpu, gpus.find(gpu).describe())
     row = OPS[op]
     for shape in shapes:
         case = row.case(row.shapes[shape], jnp.bfloat16)
         operands = footprint.placed(case.abstract(), SingleDeviceSharding(device))
         for name, backend in row.backends.items():
-            with arch.pretended(device):
+            with absent_gpu.target(device):
                 verdict = _verdict(case, backend, operands)
             yield {"shape": shape, "backend": name, "verdict": verdict}
 

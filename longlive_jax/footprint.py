@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.extend.core import Var
 from jax.sharding import SingleDeviceSharding
+from longlive_kernels import absent_gpu
 
 from longlive_jax import rollout, sampler
 from longlive_jax.config import ModelConfig
@@ -275,15 +275,15 @@ def compiled(cfg: ModelConfig, gpu: GPU, names: tuple[str, ...] = PROGRAMS) -> d
     """Bytes of activations of the programs `names`, each compiled for that GPU, which need not be
     there: what their peak is above their arguments. Takes a minute or so per program.
     """
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=gpu.name, target_config=gpu.describe(), topology="1x1x1"
-    )
-    found = programs(cfg, SingleDeviceSharding(topology.devices[0]))
+    (device,) = absent_gpu.devices(gpu.name, gpu.describe())
     above = {}
-    for name in names:
-        run, given = found[name]
-        memory = run.lower(*given).compile().memory_analysis()
-        above[name] = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    # Programs choose their kernels as they are traced, by the default device.
+    with absent_gpu.target(device):
+        found = programs(cfg, SingleDeviceSharding(device))
+        for name in names:
+            run, given = found[name]
+            memory = run.lower(*given).compile().memory_analysis()
+            above[name] = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     return above
 
 

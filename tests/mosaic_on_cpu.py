@@ -12,6 +12,7 @@ from jax._src import callback
 from jax._src.core import eval_jaxpr
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from longlive_kernels import jax_versions
 
 PROGRAMS = {}
 COMPILING = threading.Lock()
@@ -96,11 +97,20 @@ def run_state(body):
 
 
 class Transposed:
-    def __init__(self, ref, axes):
-        self.ref, self.axes = ref, axes
+    def __init__(self, ref):
+        self.ref = ref
 
     def __getitem__(self, index):
-        return self.ref[...].transpose(self.axes)
+        return self.ref[...].T
+
+
+def interpreted(**options):
+    """In which kernels run in the simulator. Its names are public since jax 0.11."""
+    if hasattr(plgpu, "InterpretGPUParams"):
+        names = plgpu
+    else:
+        from jax._src.pallas.mosaic_gpu.interpret import params as names
+    return names.force_gpu_interpret_mode(names.InterpretGPUParams(**options))
 
 
 @contextlib.contextmanager
@@ -111,7 +121,7 @@ def simulated():
     each their own. What lies beyond the end of an array is read as zeros, as it is on a GPU.
     """
     from jax._src.pallas.mosaic.interpret import thread_map
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     clean = gpu_callbacks._clean_up_shared_memory
 
@@ -137,18 +147,19 @@ def simulated():
         (plgpu, "async_store_tmem"): memory.store,
         (plgpu, "wait_load_tmem"): lambda: None,
         (plgpu, "commit_tmem"): memory.commit,
-        (plgpu, "load"): lambda ref, index, **_: ref[...],
+        (jax_versions, "load"): lambda ref, **_: ref[...],
         (plgpu, "layout_cast"): lambda x, layout: x,
-        (plgpu, "transpose_ref"): Transposed,
+        (jax_versions, "transposed"): Transposed,
         (plgpu, "broadcasted_iota"): lambda dtype, shape, axis, **_: lax.broadcasted_iota(
             dtype, shape, axis
         ),
     }
-    how = params.InterpretGPUParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
     with contextlib.ExitStack() as stack:
         for (module, name), stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(module, name, stand_in))
-        stack.enter_context(params.force_gpu_interpret_mode(how))
+        stack.enter_context(
+            interpreted(
+                detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+            )
+        )
         yield

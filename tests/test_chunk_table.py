@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from every_shape import every_shape
-from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
+from longlive_kernels import absent_gpu
 from longlive_kernels.attention.chunk_table import Table, api, chunk_table, shapes, tiles, xla
 
 from longlive_jax.config import TINY, WAN21_T2V_1_3B, WAN22_TI2V_5B
@@ -350,8 +350,7 @@ def test_a_rank_of_a_minute_of_training_compiles_for_a_gpu(gpu):
         "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
     )
     spec = (pathlib.Path(__file__).parent / "gpu_specs" / f"{gpu}.txtpb").read_text()
-    described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(**described).devices[0])
+    sharding = SingleDeviceSharding(*absent_gpu.devices(gpu, spec))
     shape = shapes.SHAPES["5b_64s_4_ranks"]
     args = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

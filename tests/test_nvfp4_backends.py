@@ -15,11 +15,12 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import mosaic_on_cpu
 import numpy as np
 import pytest
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu, arch, jax_versions
 from longlive_kernels.nvfp4 import NVFP4, RULES
 from longlive_kernels.nvfp4.format import BLOCK, VALUES, decode, unpack, unscaled
 from longlive_kernels.nvfp4.matmul import api as matmul_api
@@ -273,7 +274,7 @@ def test_an_architecture_is_read_off_a_device(capability, number):
 
 
 def test_a_pretended_device_is_the_default_for_a_while():
-    with arch.pretended(mock.Mock(spec=jax.Device, compute_capability="9.0")):
+    with absent_gpu.target(mock.Mock(spec=jax.Device, compute_capability="9.0")):
         assert arch.default() == 90
     assert arch.default() is None
 
@@ -290,8 +291,6 @@ def simulated(rows: int):
     """Mosaic's simulator has no layouts, no transposed references, and no operand of a product in
     registers: here they are copies in shared memory, of x [columns rows] and of weights.
     """
-    from jax._src.pallas.mosaic_gpu.interpret import params
-
     real = plgpu.kernel, plgpu.wgmma
 
     def kernel(body, *, scratch_types, **options):
@@ -313,17 +312,17 @@ def simulated(rows: int):
         return real[0](wrapped, scratch_types=scratch_types, **options)
 
     stack = contextlib.ExitStack()
-    for name, stand_in in {
-        "kernel": kernel,
-        "load": lambda ref, index, **_: ref[...],
-        "layout_cast": lambda x, layout: x,
-        "broadcasted_iota": lambda dtype, shape, axis, **_: lax.broadcasted_iota(
+    for (module, name), stand_in in {
+        (plgpu, "kernel"): kernel,
+        (plgpu, "layout_cast"): lambda x, layout: x,
+        (plgpu, "broadcasted_iota"): lambda dtype, shape, axis, **_: lax.broadcasted_iota(
             dtype, shape, axis
         ),
-        "transpose_ref": lambda ref, axes: Transposed(ref),
+        (jax_versions, "load"): lambda ref, **_: ref[...],
+        (jax_versions, "transposed"): Transposed,
     }.items():
-        stack.enter_context(mock.patch.object(plgpu, name, stand_in))
-    stack.enter_context(params.force_gpu_interpret_mode())
+        stack.enter_context(mock.patch.object(module, name, stand_in))
+    stack.enter_context(mosaic_on_cpu.interpreted())
     return stack
 
 

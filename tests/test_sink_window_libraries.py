@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from every_shape import every_shape
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu
 from longlive_kernels.attention.sink_window import cudnn, reference, rows, shapes, tokamax
 from test_sink_window import (
     BFLOAT16,
@@ -127,7 +127,7 @@ def test_a_row_of_a_library_has_its_keys_in_front(name):
 def test_cudnn_is_called_with_the_number_of_keys():
     """In the program for GPUs, which needs neither one nor cuDNN to be written down."""
     leaves, tree = jax.tree.flatten(made(sized("frames_differ", 16), "bfloat16", "bfloat16"))
-    with arch.pretended(mock.Mock(spec=jax.Device, compute_capability="9.0")):
+    with absent_gpu.target(mock.Mock(spec=jax.Device, compute_capability="9.0")):
         traced = jax.jit(lambda *x: cudnn.attend(tree.unflatten(x))).trace(*leaves)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     lines = [x.replace(r"\22", '"') for x in text.splitlines() if "stablehlo.custom_call" in x]

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
+from longlive_kernels import jax_versions
 from longlive_kernels.attention.tile import GROUPS
 
 Scalar = Int32[Array, ""]
@@ -48,12 +49,12 @@ def zeros(*shape: int, layout: Any = LAYOUT) -> Array:
 
 def per_row(x: Ref) -> Array:
     """Numbers of the rows of a tile, into registers."""
-    return plgpu.load(x, (), layout=LAYOUT.reduce(1))
+    return jax_versions.load(x, layout=LAYOUT.reduce(1))
 
 
 def per_column(x: Ref) -> Array:
     """Numbers of the columns of a tile, into registers."""
-    return plgpu.load(x, (), layout=LAYOUT.reduce(0))
+    return jax_versions.load(x, layout=LAYOUT.reduce(0))
 
 
 def across(x: Array, shape: tuple[int, int]) -> Array:
@@ -76,7 +77,7 @@ def product(left: Ref, right: Ref) -> Array:
     """left rightᵀ, of two operands in shared memory."""
 
     def multiply(total: Ref) -> Array:
-        plgpu.wgmma(total, left, plgpu.transpose_ref(right, (1, 0)))
+        plgpu.wgmma(total, left, jax_versions.transposed(right))
         return total[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32))

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float32, Int32
+from longlive_kernels import jax_versions
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.tile import GROUPS
 
@@ -74,7 +75,7 @@ def multiply(
     def scores(at: Scalar, group: int, keys: int):
         tile = own.k_tile.at[lax.rem(at, stages), pl.ds(0, keys)]
         target = _scores(own, group, 0, keys)
-        tile = plgpu.transpose_ref(tile, (1, 0))
+        tile = jax_versions.transposed(tile)
         plgpu.tcgen05_mma(target, own.q_tile.at[group], tile, accumulate=False)
 
     def values(at: Scalar, group: int, keys: int):

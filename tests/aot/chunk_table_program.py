@@ -6,17 +6,14 @@ process runs (jax 0.10.2).
 """
 
 import functools
-import pathlib
 import sys
 
+import described
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu, arch
 from longlive_kernels.attention.chunk_table import Table, mosaic, shapes
-
-SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
 
 
 def balanced(frames: int, ranks: int) -> shapes.Shape:
@@ -41,9 +38,8 @@ def main(gpu: str, name: str, ranks: str = "1") -> int:
     has those of the call.
     """
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    spec, shape, count = (SPECS / f"{gpu}.txtpb").read_text(), CALLS[name], int(ranks)
-    described = dict(platform="cuda", topology_name=gpu, target_config=spec)
-    devices = topologies.get_topology_desc(**described, topology=f"1x{count}x1").devices
+    shape, count = CALLS[name], int(ranks)
+    devices = described.devices(gpu, count)
     attention = functools.partial(mosaic.attend, table=shape.table, sm=arch.of(devices[0]))
     if count == 1:
         sharding = SingleDeviceSharding(devices[0])
@@ -56,7 +52,9 @@ def main(gpu: str, name: str, ranks: str = "1") -> int:
         jax.ShapeDtypeStruct((b, n, count * a, d), jnp.bfloat16, sharding=sharding)
         for b, n, a, d in (shape.queries, shape.keys)
     )
-    program = jax.jit(functools.partial(gradients, attention)).lower(q, k, k, q).compile()
+    run = jax.jit(functools.partial(gradients, attention))
+    with absent_gpu.target(devices[0]):
+        program = run.lower(q, k, k, q).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -6,18 +6,16 @@ process runs (jax 0.10.2).
 
 import functools
 import importlib
-import pathlib
 import sys
 
+import described
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from longlive_kernels import absent_gpu
 from longlive_kernels.nvfp4 import NVFP4
 from longlive_kernels.nvfp4.format import BLOCK
 from longlive_kernels.nvfp4.matmul.shapes import SHAPES
-
-SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
 
 
 def nvfp4(shape, sharding) -> NVFP4:
@@ -34,9 +32,8 @@ def nvfp4(shape, sharding) -> NVFP4:
 def main(gpu: str, backend: str, name: str) -> int:
     """Bytes of temporary arrays."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    spec = (SPECS / f"{gpu}.txtpb").read_text()
-    described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(**described).devices[0])
+    (device,) = described.devices(gpu)
+    sharding = SingleDeviceSharding(device)
     module = importlib.import_module(f"longlive_kernels.nvfp4.matmul.{backend}")
     shape = SHAPES[name]
     if backend == "wgmma":
@@ -45,7 +42,8 @@ def main(gpu: str, backend: str, name: str) -> int:
     else:
         function, a = module.matmul, nvfp4(shape.a, sharding)
     call = jax.jit(functools.partial(function, dtype=jnp.bfloat16))
-    program = call.lower(a, nvfp4(shape.b, sharding)).compile()
+    with absent_gpu.target(device):
+        program = call.lower(a, nvfp4(shape.b, sharding)).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -8,29 +8,25 @@ process runs (jax 0.10.2).
 
 import functools
 import importlib
-import pathlib
 import sys
 
+import described
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu
 from longlive_kernels.attention.sink_window import Fresh, Scaled
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.attention.sink_window.shapes import SHAPES
 from longlive_kernels.nvfp4 import NVFP4
 
-SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
 EIGHT = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
     """Bytes of temporary arrays."""
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    spec = (SPECS / f"{gpu}.txtpb").read_text()
-    described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
-    device = topologies.get_topology_desc(**described).devices[0]
+    (device,) = described.devices(gpu)
     sharding = SingleDeviceSharding(device)
     run = importlib.import_module(f"longlive_kernels.attention.sink_window.{backend}").attend
     if sm:
@@ -72,7 +68,7 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
         array((rows, slots, shape.turned), jnp.float32),
     )
     wanted = gradient if kind == "gradient" else attend
-    with arch.pretended(device):
+    with absent_gpu.target(device):
         program = jax.jit(wanted, keep_unused=True).lower(*given).compile()
     return program.memory_analysis().temp_size_in_bytes
 

@@ -6,18 +6,16 @@ process runs (jax 0.10.2).
 """
 
 import dataclasses
-import pathlib
 import sys
 
+import described
 import jax
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu
 
 from longlive_jax import footprint
 from longlive_jax.config import WAN21_T2V_1_3B, WAN22_TI2V_5B, ModelConfig
 
-SPECS = pathlib.Path(__file__).parents[1] / "gpu_specs"
 PRESETS = {cfg.name: cfg for cfg in (WAN21_T2V_1_3B, WAN22_TI2V_5B)}
 
 
@@ -31,12 +29,10 @@ def streaming(preset: str, kv: str) -> ModelConfig:
 
 def main(gpu: str, preset: str, kv: str) -> jax.stages.Compiled:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    spec = (SPECS / f"{gpu}.txtpb").read_text()
-    described = dict(platform="cuda", topology_name=gpu, target_config=spec, topology="1x1x1")
-    device = topologies.get_topology_desc(**described).devices[0]
+    (device,) = described.devices(gpu)
     cfg = streaming(preset, kv)
     run, given = footprint.programs(cfg, SingleDeviceSharding(device))["denoise"]
-    with arch.pretended(device):
+    with absent_gpu.target(device):
         return run.lower(*given).compile()
 
 

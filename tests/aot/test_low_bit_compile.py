@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from longlive_kernels import absent_gpu
 from longlive_kernels.nvfp4 import NVFP4
 from longlive_kernels.nvfp4.matmul import xla
 
@@ -29,9 +29,7 @@ def device(request):
         "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
     )
     gpu = GPUS[request.param]
-    described = dict(topology_name=gpu.name, target_config=gpu.describe(), topology="1x1x1")
-    topology = topologies.get_topology_desc(platform="cuda", **described)
-    return request.param, SingleDeviceSharding(topology.devices[0])
+    return request.param, SingleDeviceSharding(*absent_gpu.devices(gpu.name, gpu.describe()))
 
 
 def compiled(function, sharding, *arrays):

@@ -113,8 +113,8 @@ def assembled(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("gpu", "number"), [("h100", 90), ("b200", 100), ("rtx6000pro", 120)])
-def test_an_architecture_is_read_off_a_description(topology, gpu, number):
-    (device,) = topology(gpu).devices
+def test_an_architecture_is_read_off_a_description(gpus, gpu, number):
+    (device,) = gpus(gpu)
     assert arch.of(device) == number
 
 
@@ -138,8 +138,8 @@ def test_on_hopper_the_same_call_would_multiply_copies(device):
 
 
 @pytest.mark.parametrize("name", FOUR_BITS)
-def test_four_bits_are_refused_on_hopper(topology, device, name):
-    (hopper,) = topology("h100").devices
+def test_four_bits_are_refused_on_hopper(gpus, device, name):
+    (hopper,) = gpus("h100")
     reason = FOUR_BITS[name].unsupported(
         *operands("5b_up", device("h100")), jnp.bfloat16, sm=arch.of(hopper)
     )

@@ -16,7 +16,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from longlive_kernels import arch
+from longlive_kernels import absent_gpu
 from longlive_kernels.attention.sink_window import cudnn, shapes, xla
 from longlive_kernels.attention.sink_window.call import Call
 
@@ -182,7 +182,7 @@ def attention(function, name: str, sharding):
     table, visible = array(shape.keys), array(shape.table.shape, bool)
     given = (array(shape.queries), table, table, visible, array((), jnp.int32))
     (device,) = sharding.device_set
-    with arch.pretended(device):
+    with absent_gpu.target(device):
         return jax.jit(attend).lower(*given).compile()
 
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
+from longlive_kernels import jax_versions
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention.chunk_table.mosaic import FORWARD
@@ -58,7 +59,7 @@ def kernel(
         thread_name="group",
         kernel_name="chunk_table_forward",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=jax_versions.compiler_params(approx_math=True),
     )(*qkv, *(jnp.asarray(x) for x in lists.arrays))
 
 
@@ -119,7 +120,7 @@ def _attend(own, work: mosaic_stream.Work, group: Array, listed: list, ragged: b
         plgpu.barrier_wait(own.turns)
 
     def products(slot, scores):
-        keys = plgpu.transpose_ref(own.k_tile.at[slot], (1, 0))
+        keys = jax_versions.transposed(own.k_tile.at[slot])
         plgpu.wgmma(scores, own.q_tile.at[group], keys)
         turn()
         return scores[...]

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
+from longlive_kernels import jax_versions
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.chunk_table import mosaic_stream
 from longlive_kernels.attention.chunk_table.mosaic import QUERIES
@@ -39,7 +40,7 @@ def of_queries(
         thread_name="group",
         kernel_name="chunk_table_queries",
         scratch_types=_scratch(d),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=jax_versions.compiler_params(approx_math=True),
     )(q, k, v, grad, sums, mean, *(jnp.asarray(x) for x in lists.arrays))
 
 

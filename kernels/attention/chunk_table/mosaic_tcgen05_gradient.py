@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
+from longlive_kernels import jax_versions
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention import mosaic_tcgen05 as tcgen05
 from longlive_kernels.attention.chunk_table import mosaic_stream
@@ -71,7 +72,7 @@ def _gradients(
         thread_name="group",
         kernel_name="chunk_table_keys" if columns else "chunk_table_queries",
         scratch_types=_scratch(width, columns),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=jax_versions.compiler_params(approx_math=True),
     )(*rows, *listed, sums, mean, *(jnp.asarray(x) for x in lists.arrays))
 
 
@@ -155,7 +156,7 @@ def _multiply(own, total: Scalar, columns: bool):
         stage, half = lax.rem(at, stages), lax.rem(at, jnp.int32(GROUPS))
         for i, name in enumerate(("score", "change")):
             plgpu.barrier_wait(getattr(own, f"{name}_loaded").at[stage])
-            tile = plgpu.transpose_ref(getattr(own, f"{name}_tile").at[stage], (1, 0))
+            tile = jax_versions.transposed(getattr(own, f"{name}_tile").at[stage])
             target = _scores(own, half, i, 0, GRADIENT.tile)
             plgpu.tcgen05_mma(target, own.rows_tile.at[i], tile, accumulate=False)
         plgpu.tcgen05_commit_arrive(own.scored.at[half])
@@ -199,10 +200,10 @@ def _weigh(own, group: Scalar, work: mosaic_stream.Work, columns: bool, listed: 
     def of(tile: Ref, stage: Scalar, start: int) -> Array:
         """Numbers of queries, for the scores of a part."""
         if not columns:
-            each = plgpu.load(tile, (), layout=LAYOUT.reduce(1), optimized=False)
+            each = jax_versions.load(tile, layout=LAYOUT.reduce(1), optimized=False)
             return block.across(each, (ROWS, PART))
         part = tile.at[stage, pl.ds(start, PART)]
-        each = plgpu.load(part, (), layout=LAYOUT.reduce(0), optimized=False)
+        each = jax_versions.load(part, layout=LAYOUT.reduce(0), optimized=False)
         return plgpu.layout_cast(block.down(each, (ROWS, PART)), LAYOUT)
 
     def step(number, _):

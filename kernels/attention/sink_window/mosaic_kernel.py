@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Int32
+from longlive_kernels import jax_versions
 from longlive_kernels.attention.sink_window.mosaic import WIDTH, Plan
 from longlive_kernels.attention.tile import GROUPS
 
@@ -137,7 +138,9 @@ class Kernel:
             kernel_name=f"sink_window_{plan.kind}",
             scratch_types=self.scratch(plan),
             # Nothing is reduced over more than a warp.
-            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+            compiler_params=jax_versions.compiler_params(
+                approx_math=True, reduction_scratch_bytes=0
+            ),
         )(*given)
 
 

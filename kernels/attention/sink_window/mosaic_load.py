@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
+from longlive_kernels import jax_versions
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.sink_window.mosaic import HALF, WIDTH, Plan
 from longlive_kernels.attention.sink_window.mosaic_kernel import Work
@@ -151,7 +152,7 @@ def unpack(raw: Ref, scales: Ref, tile: Ref, plan: Plan):
 
 
 def _bytes(raw: Ref) -> Int32[Array, "r c"]:
-    return plgpu.load(raw, (), layout=block.LAYOUT, optimized=False).astype(jnp.int32)
+    return jax_versions.load(raw, layout=block.LAYOUT, optimized=False).astype(jnp.int32)
 
 
 def _spread(factors: list[Array]) -> Float32[Array, "r c"]:

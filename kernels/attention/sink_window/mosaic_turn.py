@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+from longlive_kernels import jax_versions
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.sink_window.mosaic import HALF, Plan
 
@@ -23,12 +24,12 @@ def turn(tile: Ref, pairs: Ref, turns: Ref, plan: Plan, layout: Any):
     """
 
     def angles(i: int) -> Array:
-        each = plgpu.load(turns.at[i], (), layout=layout.reduce(0), optimized=False)
+        each = jax_versions.load(turns.at[i], layout=layout.reduce(0), optimized=False)
         return plgpu.layout_cast(block.down(each, (tile.shape[0], HALF)), layout)
 
     def half(i: int) -> Array:
         channels = pairs.at[:, pl.ds(i * HALF, HALF)]
-        return plgpu.load(channels, (), layout=layout, optimized=False).astype(jnp.float32)
+        return jax_versions.load(channels, layout=layout, optimized=False).astype(jnp.float32)
 
     (cos, sin), (this, other) = ([get(i) for i in range(2)] for get in (angles, half))
     tile.at[:, pl.ds(0, HALF)][...] = (this * cos + other * sin).astype(jnp.bfloat16)

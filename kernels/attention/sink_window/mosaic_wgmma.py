@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+from longlive_kernels import jax_versions
 from longlive_kernels.attention import mosaic_block as block
 from longlive_kernels.attention.sink_window import mosaic_load as load
 from longlive_kernels.attention.sink_window import mosaic_turn
@@ -91,7 +92,7 @@ def _attend(own, group: Array, work: Work):
             mosaic_turn.turn(tile, pairs, work.turn(number), plan, block.LAYOUT)
 
     def products(tile, total):
-        plgpu.wgmma(total, own.q_tile.at[group], plgpu.transpose_ref(tile, (1, 0)))
+        plgpu.wgmma(total, own.q_tile.at[group], jax_versions.transposed(tile))
         turn()
         return total[...]
 

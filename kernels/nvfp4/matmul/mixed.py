@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt8
+from longlive_kernels import jax_versions
 from longlive_kernels.nvfp4.format import BLOCK
 from longlive_kernels.nvfp4.matmul.wgmma import BLOCKS, DEPTH, HALF, MULTIPLIERS, ROWS
 
@@ -41,6 +42,7 @@ def product(
         num_threads=MULTIPLIERS + 1,
         thread_name="group",
         scratch_types=_scratch(rows, BLOCKS.stages),
+        compiler_params=jax_versions.compiler_params(),
     )(x, w, scales, unit)
 
 
@@ -85,7 +87,7 @@ def _kernel(*refs, grid: tuple[int, int], steps: int, rows: int, **scratch):
         multiply = functools.partial(_multiply, own=own, group=group, steps=steps)
         sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, rows), jnp.float32))
         scaled = (sums * unit[0]).astype(jnp.bfloat16)
-        plgpu.transpose_ref(own.out_tile.at[group], (1, 0))[...] = plgpu.layout_cast(
+        jax_versions.transposed(own.out_tile.at[group])[...] = plgpu.layout_cast(
             scaled, plgpu.Layout.WGMMA_TRANSPOSED
         )
         plgpu.commit_smem()
@@ -132,7 +134,7 @@ def _multiply(total, *, own, group: Array, steps: int):
         chosen = None
         for i in range(HALF // BLOCK):
             at = own.scale_tile.at[slot, first + i, mine]
-            each = plgpu.load(at, (), layout=layout.reduce(1), optimized=False)
+            each = jax_versions.load(at, layout=layout.reduce(1), optimized=False)
             each = lax.broadcast_in_dim(each, (ROWS, HALF), (0,))
             chosen = each if i == 0 else jnp.where(place < i * BLOCK, chosen, each)
         return chosen
@@ -140,13 +142,13 @@ def _multiply(total, *, own, group: Array, steps: int):
     def step(at, _):
         slot = lax.rem(at, jnp.int32(BLOCKS.stages))
         plgpu.barrier_wait(own.loaded.at[slot])
-        codes = plgpu.load(own.w_tile.at[slot, mine], (), layout=layout, optimized=False)
+        codes = jax_versions.load(own.w_tile.at[slot, mine], layout=layout, optimized=False)
         codes = codes.astype(jnp.int32)
         for half in range(2):
             weights = doubled((codes >> (4 * half)) & 15)
             weights = weights * spread(slot, half * (HALF // BLOCK))
             columns = own.x_tile.at[slot, :, pl.ds(half * HALF, HALF)]
-            plgpu.wgmma(total, weights, plgpu.transpose_ref(columns, (1, 0)))
+            plgpu.wgmma(total, weights, jax_versions.transposed(columns))
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(own.consumed.at[slot])
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
+from longlive_kernels import jax_versions
 from longlive_kernels.nvfp4.matmul.mosaic import Blocks
 
 STORED = 64  # columns that are stored at a time
@@ -42,6 +43,7 @@ def product(
         grid=(grid[0] * grid[1],),
         grid_names=("tile",),
         scratch_types=_scratch(blocks, dtype),
+        compiler_params=jax_versions.compiler_params(),
     )(a, b, a_scales, b_scales, unit)
 
 
@@ -82,7 +84,7 @@ def _kernel(*refs, grid: tuple[int, int], steps: int, blocks: Blocks, dtype, **s
     own = types.SimpleNamespace(**scratch)
     i, j = plgpu.planar_snake(lax.axis_index("tile"), grid, 1, blocks.band)
 
-    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+    @jax_versions.for_each_warp("warp")
     def _():
         warp = lax.axis_index("warp")
 
@@ -140,7 +142,7 @@ def _multiply(own, steps: int, blocks: Blocks):
         plgpu.tcgen05_mma(
             own.total,
             own.a.at[slot],
-            plgpu.transpose_ref(own.b.at[slot], (1, 0)),
+            jax_versions.transposed(own.b.at[slot]),
             own.consumed.at[slot],
             a_scale=a_held,
             b_scale=b_held,
