@@ -247,9 +247,24 @@ def _entered(equation: Any, inner: Any, arguments: set) -> tuple[set, int]:
     known = {own for outer, own in pairs if _is_in(outer, arguments)}
     if equation.primitive.name != "scan":
         return known, 0
-    first = equation.params["num_consts"]
-    carry = inner.invars[first : first + equation.params["num_carry"]]
+    carry = _carried(equation, inner)
     return known, sum(_size(own) for own in carry if own not in known)
+
+
+def _carried(scan: Any, body: Any) -> list:
+    """What the body of a scan takes from the turn before: it stands between constants and slices,
+    and first of what the body makes.
+
+    Told by their axes: slices have one less than what they are slices of. (Parameters of the
+    equation that count them have changed from one release of JAX to the next.)
+    """
+
+    def whole(inner: Any, outer: Any) -> bool:
+        return inner.aval.ndim == outer.aval.ndim
+
+    carry = sum(map(whole, body.outvars, scan.outvars))
+    constants = sum(map(whole, body.invars, scan.invars)) - carry
+    return body.invars[constants : constants + carry]
 
 
 def _inner(parameter: Any) -> Iterator[Any]:
