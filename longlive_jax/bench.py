@@ -14,7 +14,6 @@ import numpy as np
 
 from longlive_jax import bench_ceiling, report, timeline
 from longlive_jax.events import CUT_PREFIX, Event
-from longlive_jax.video import BackgroundWriter
 
 PROMPTS = (
     "a red circle moves left over a black background",
@@ -173,7 +172,14 @@ def summarise(
 
 
 def run(
-    model: Any, *, seconds: float, repeat: int, seed: int, steps: int | None, change: str = "switch"
+    model: Any,
+    *,
+    seconds: float,
+    repeat: int,
+    seed: int,
+    steps: int | None,
+    change: str = "switch",
+    writer: Callable[[pathlib.Path, int], Any] | None = None,
 ) -> report.Report:
     """Makes a short video for warm-up and `repeat` measured ones, each with a change half-way; and
     as many without, chunk by chunk, by which the transformer is judged alone.
@@ -185,7 +191,11 @@ def run(
       seed: Of the first video; the next ones count up.
       steps: Denoising steps; None is the model's own number.
       change: One of `CHANGES`.
+      writer: What takes the frames of a video, of a path and the frames per second: a context with
+        `write(frames)`. None is `video.BackgroundWriter`, an MP4, for which PyAV is needed.
     """
+    if writer is None:
+        from longlive_jax.video import BackgroundWriter as writer  # imports PyAV
     chunk_s = model.config.frames_per_chunk / model.config.fps
 
     def changes(seconds: float) -> tuple[Event, ...]:
@@ -202,8 +212,8 @@ def run(
         stream = session.stream(seconds, events=events, lookahead=lookahead)
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "bench.mp4"
-            with BackgroundWriter(path, model.config.fps) as writer:
-                for _ in watch.follow(stream, writer.write):
+            with writer(path, model.config.fps) as file:
+                for _ in watch.follow(stream, file.write):
                     pass
             watch.close()
         return watch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -168,8 +169,12 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can change a number in a report."""
-    installed = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "av")}
+    """Of everything that can change a number in a report, as far as it is installed."""
+    installed = {}
+    for name in ("jax", "jaxlib", "flax", "av"):
+        # PyAV may be missing where no file is read or written.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
     return {"longlive_jax": __version__, "python": platform.python_version(), **installed}
 
 
