@@ -86,7 +86,7 @@ def main(_):
 def numbers(row: Row, session, taken: list[tuple[float, float, int]]) -> dict:
     """Of the fastest chunk, and bytes."""
     whole, denoise, frames = map(min, zip(*taken, strict=True))
-    cache = session.home.read().rollout.cache
+    cache = session.state.rollout.cache
     return {
         "matrices and memory": row.name,
         "DiT, MB": footprint.nbytes(session.model.dit) / 1e6,

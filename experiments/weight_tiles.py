@@ -81,7 +81,7 @@ def traced(model):
     session = model.session(_PROMPT.value, seed=0)
     while session.frame < cfg.frames_per_chunk * stream.window // stream.chunk:
         session.next_chunk()
-    video = session.home.read().rollout.held.latents  # b f h w c
+    video = session.state.rollout.held.latents  # b f h w c
     text = model.prompt_kv([_PROMPT.value])
     f, h, w = video.shape[1:4]
     positions = jnp.arange(f, dtype=jnp.float32)[None]

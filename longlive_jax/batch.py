@@ -6,42 +6,86 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int
 
 from longlive_jax import rollout
 from longlive_jax.errors import SessionError
-from longlive_jax.session import Home, Made, Session, State
+from longlive_jax.progress import (
+    ClosedState,
+    Frames,
+    LocalState,
+    PendingChunk,
+    Place,
+    Progress,
+    State,
+)
+from longlive_jax.session import Session
 from longlive_jax.vae import vae as coder
 
 if TYPE_CHECKING:
     from longlive_jax.model import Model
 
 
-@dataclasses.dataclass
-class Seat:
-    """A row of a batch as the home of a session."""
+@dataclasses.dataclass(frozen=True)
+class Occupant:
+    """A session in a row of a batch, and how far it is."""
 
-    batch: Batch
-    row: int
-
-    def read(self) -> State:
-        return _take(self.batch.state, self.row)
-
-    def write(self, state: State) -> None:
-        self.batch.state = _put(self.batch.state, self.row, state)
+    session: Session
+    place: BatchRow
+    progress: Progress
 
 
-@dataclasses.dataclass
-class Lobby(Home):
-    """The home of a session that waits for its first chunk, which is made alone."""
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """All that changes in a batch, replaced as one: the state of all rows, and who is in them."""
 
-    batch: Batch
+    state: State
+    occupants: tuple[Occupant | None, ...]
+
+    def having(self, row: int, occupant: Occupant | None) -> Rows:
+        occupants = (*self.occupants[:row], occupant, *self.occupants[row + 1 :])
+        return dataclasses.replace(self, occupants=occupants)
+
+
+class BatchRow:
+    """A row of a batch as the place of a session."""
+
+    def __init__(self, batch: Batch, session: Session, row: int):
+        self.batch, self.session, self.row = batch, session, row
+        self.lock, self.turn = batch._lock, batch._turn
+
+    @property
+    def progress(self) -> Progress | None:
+        """None: the session is no more here."""
+        occupant = self.batch._rows.occupants[self.row]
+        return occupant.progress if occupant and occupant.place is self else None
+
+    def state(self) -> State:
+        return _take(self.batch._rows.state, self.row)
+
+    def commit(self, progress: Progress, state: State | None = None) -> None:
+        rows = self.batch._rows
+        if state is not None:
+            rows = dataclasses.replace(rows, state=_put(rows.state, self.row, state))
+        self.batch._rows = rows.having(self.row, Occupant(self.session, self, progress))
+
+    def leave(self) -> None:
+        self.batch._rows = self.batch._rows.having(self.row, None)
+
+
+class PendingRow(LocalState):
+    """The place of a session that waits for its first chunk, which is made alone."""
+
+    def __init__(self, batch: Batch, state: State, progress: Progress):
+        super().__init__(state, progress)
+        self.batch, self.lock, self.turn = batch, batch._lock, batch._turn
 
 
 class Batch:
@@ -49,6 +93,10 @@ class Batch:
 
     Each gets the frames that it would get alone, up to rounding. While a session is in a batch it
     is advanced by `next_chunks`; `switch`, `cut`, `fork`, `save` and `rewind` are its own as ever.
+    `len(batch)`, `session in batch` and `for session in batch` tell who is in it.
+
+    A batch may be used from any thread, and so may its sessions. Changes wait for nothing that is
+    made, and take effect at the next chunk that is begun.
 
     Args:
       model: Whose sessions they are.
@@ -62,13 +110,23 @@ class Batch:
         self.model, self.size, self.solver = model, size, model.solver(steps)
         text = model.prompt_kv([""] * size)
         carry = coder.init_carry(model.vae, size, model.config.height, model.config.width)
-        self.state = State(rollout.begin(model.config, [0] * size, text.k.dtype), carry, text)
-        self._seated: dict[int, Session] = {}
-        self._waiting: list[Session] = []  # in the lobby
+        state = State(rollout.begin(model.config, [0] * size, text.k.dtype), carry, text)
+        # What the places of its sessions read and replace; see `Place` for how.
+        self._lock, self._turn = threading.RLock(), threading.RLock()
+        self._rows = Rows(state, (None,) * size)
+        self._pending: tuple[Session, ...] = ()
 
     def __len__(self) -> int:
-        self._drop_closed()
-        return len(self._seated) + len(self._waiting)
+        return len(self._sessions())
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions())
+
+    def __contains__(self, session: object) -> bool:
+        if not isinstance(session, Session):
+            return False
+        place = session._place
+        return isinstance(place, (BatchRow, PendingRow)) and place.batch is self
 
     def add(self, session: Session) -> None:
         """From the next call of `next_chunks` on the session advances with the others.
@@ -76,58 +134,100 @@ class Batch:
         Raises:
           SessionError: it cannot, and why; it stays as it was.
         """
-        if session.closed:
-            raise SessionError("the session is closed")
-        if session.model is not self.model:
+        with self._lock:
+            while True:
+                place = session._place
+                if isinstance(place, (BatchRow, PendingRow)):
+                    raise SessionError("the session is in a batch already")
+                if isinstance(place, ClosedState):
+                    raise SessionError("the session is closed")
+                with place.lock:
+                    if place is session._place:
+                        self._check_joins(session, place.progress)
+                        self._take_in(session, place)
+                        return
+
+    def _check_joins(self, session: Session, progress: Progress) -> None:
+        if progress.model is not self.model:
             raise SessionError("the session belongs to another model than the batch")
         if session.solver != self.solver:
             steps = (len(solver.steps) for solver in (session.solver, self.solver))
             raise SessionError("the session takes {} denoising steps, the batch {}".format(*steps))
         if session.vae_device is not None:
             raise SessionError("the session decodes on a device of its own, a batch does not")
-        if isinstance(session.home, (Seat, Lobby)):
-            raise SessionError("the session is in a batch already")
         if len(self) == self.size:
             raise SessionError(f"all {self.size} rows of the batch are taken")
-        if session.position.latents:
-            self._seat(session)
-        else:
-            self._wait(session)
 
     def remove(self, session: Session) -> None:
-        """The session goes on alone, from where it is.
+        """The session goes on alone, from where it is. What it has on its way goes with it.
 
         Raises:
           SessionError: it is not in this batch.
         """
-        home = session.home
-        if not isinstance(home, (Seat, Lobby)) or home.batch is not self:
-            raise SessionError("the session is not in this batch")
-        self._let_go(session)
-        session.home = Home(home.read())
+        with self._lock:
+            if session not in self:
+                raise SessionError("the session is not in this batch")
+            place = session._place
+            session._place = LocalState(place.state(), place.progress)
+            place.leave()
 
-    def next_chunks(self) -> dict[Session, UInt8[np.ndarray, "t H W 3"]]:
-        """The next frames of every session: one forward for all, but for first chunks."""
-        self._drop_closed()
-        for session in [s for s in self._seated.values() if not s.position.latents]:
-            self._let_go(session)  # it was rewound to its beginning
-            self._wait(session)
-        seated, waiting = list(self._seated.values()), self._waiting
-        if seated:
-            self._advance(seated)
-        for session in waiting:
+    def next_chunks(self) -> dict[Session, Frames]:
+        """The next frames of every session: one forward for all, but for first chunks.
+
+        Sessions that another thread closes, takes out or rewinds while this waits for their frames
+        are left out. One that was taken out has its frames still to hand over.
+        """
+        with self._turn:
+            with self._lock:
+                self._begin()
+                seen = {session: session.progress for session in self._sessions()}
+            arrived = {session: progress.wait_all() for session, progress in seen.items()}
+            frames = {}
+            with self._lock:
+                for session in filter(self.__contains__, seen):
+                    handed = session._hand_over_all(seen[session], arrived[session])
+                    if handed is not None:
+                        frames[session] = handed
+            return frames
+
+    def _sessions(self) -> list[Session]:
+        """Who is in it, by row, then who waits for a first chunk."""
+        with self._lock:
+            seated = [occupant.session for occupant in self._occupants()]
+            places = (session._place for session in self._pending)
+            self._pending = tuple(
+                session
+                for session, place in zip(self._pending, places, strict=True)
+                if isinstance(place, PendingRow) and place.batch is self
+            )
+            return [*seated, *self._pending]
+
+    def _occupants(self) -> list[Occupant]:
+        """Who has a row. A session that moved elsewhere and was interrupted then, before it emptied
+        its row, has none.
+        """
+        found = filter(None, self._rows.occupants)
+        return [occupant for occupant in found if occupant.session._place is occupant.place]
+
+    def _begin(self) -> None:
+        """Starts the next chunk of every session."""
+        for occupant in self._occupants():
+            if not occupant.progress.position.latents:  # it was rewound to its beginning
+                self._wait(occupant.session, occupant.place)
+        pending = [session for session in self if isinstance(session._place, PendingRow)]
+        if len(pending) < len(self):
+            self._advance()
+        for session in pending:
             session.begin_chunk()
-        frames = {session: session.hand_over_all() for session in (*seated, *waiting)}
-        self._waiting = []
-        for session in waiting:
-            self._seat(session)
-        return frames
+            self._seat(session, session._place)
 
-    def _advance(self, sessions: list[Session]) -> None:
-        config, begun = self.model.config, time.perf_counter()
-        for session in sessions:
-            session.remember_chunk()
-        state = self.state
+    def _advance(self) -> None:
+        """One forward for all rows."""
+        config, state, begun = self.model.config, self._rows.state, time.perf_counter()
+        before = {
+            occupant.place.row: occupant.progress.before_chunk(occupant.place.state)
+            for occupant in self._occupants()
+        }
         memory, latents = rollout.generate(
             self.model.dit,
             state.rollout,
@@ -139,28 +239,39 @@ class Batch:
         )
         carry, pixels = rollout.decode(self.model.vae, state.carry, latents, first=False)
         pixels.copy_to_host_async()
-        self.state = State(memory, carry, state.text)
-        for session in sessions:
-            session.began(Made(session.position, latents, pixels, session.home.row, begun))
+        rows = dataclasses.replace(self._rows, state=State(memory, carry, state.text))
+        for row, progress in before.items():
+            position, occupant = progress.position, rows.occupants[row]
+            if position.opens_shot:
+                text = self.model.prompt_kv([position.prompt])
+                one = dataclasses.replace(_take(rows.state, row), text=text)
+                rows = dataclasses.replace(rows, state=_put(rows.state, row, one))
+            chunk = PendingChunk(position, latents, pixels, row, begun)
+            rows = rows.having(row, dataclasses.replace(occupant, progress=progress.begun(chunk)))
+        self._rows = rows
 
-    def _seat(self, session: Session) -> None:
-        row = next(row for row in range(self.size) if row not in self._seated)
-        seat = Seat(self, row)
-        seat.write(session.home.read())
-        session.home = seat
-        self._seated[row] = session
+    def _take_in(self, session: Session, place: Place) -> None:
+        if place.progress.position.latents:
+            self._seat(session, place)
+        else:
+            self._wait(session, place)
 
-    def _wait(self, session: Session) -> None:
-        session.home = Lobby(session.home.read(), self)
-        self._waiting.append(session)
+    def _seat(self, session: Session, place: Place) -> None:
+        """Moves a session to the first row that is free."""
+        taken = {occupant.place.row for occupant in self._occupants()}
+        row = next(row for row in range(self.size) if row not in taken)
+        seat = BatchRow(self, session, row)
+        seat.commit(place.progress, place.state())
+        session._place = seat
+        place.leave()
 
-    def _let_go(self, session: Session) -> None:
-        self._seated = {row: s for row, s in self._seated.items() if s is not session}
-        self._waiting = [s for s in self._waiting if s is not session]
-
-    def _drop_closed(self) -> None:
-        for session in [s for s in (*self._seated.values(), *self._waiting) if s.closed]:
-            self._let_go(session)
+    def _wait(self, session: Session, place: Place) -> None:
+        """Moves a session to where it waits for its first chunk."""
+        pending = PendingRow(self, place.state(), place.progress)
+        others = (other for other in self._pending if other is not session)
+        self._pending = (*others, session)
+        session._place = pending
+        place.leave()
 
 
 _LAYERS_FIRST = (".rollout.cache.k", ".rollout.cache.v", ".text")

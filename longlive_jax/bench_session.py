@@ -186,7 +186,7 @@ def try_switches(session: Session, count: int) -> dict[str, list[Trial]]:
 
 def _trial(session: Session, mode: str, how: Recache | None) -> Trial:
     def settle(fork: Session) -> Session:
-        jax.block_until_ready(fork.home.read())
+        jax.block_until_ready(fork.state)
         return fork
 
     def seconds(*acts: Callable[[Session], Any]) -> float:
@@ -226,7 +226,7 @@ def save_and_restore(session: Session) -> Kept:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
         def restore() -> None:
-            jax.block_until_ready(saved.restore(folder, model=session.model).home.read())
+            jax.block_until_ready(saved.restore(folder, model=session.model).state)
 
         return Kept(save_s, timed(restore), size)
 

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from longlive_jax import media, rollout
+from longlive_jax import rollout, timeline
 from longlive_jax.errors import InputError
+from longlive_jax.progress import Position, Progress
 from longlive_jax.rollout import Latents
-from longlive_jax.session import Position, Session, State
+from longlive_jax.session import Session, State
+from longlive_jax.undo import Past
 from longlive_jax.vae import vae as coder
 
 if TYPE_CHECKING:
@@ -49,14 +51,18 @@ def begin(
     state = State(rollout.begin(cfg, [seed], text.k.dtype), carry, text)
     position = Position(prompt=prompt, whole=prompt)
     if video is not None:
+        from longlive_jax import media  # imports PyAV, which a prompt alone does not need
+
         clip = media.read_clip(video, cfg.height, cfg.width, cfg.fps)
         state, position, note = _continued(model, state, position, clip.frames)
         notes = (clip.note, note)
     if vae_device is not None:
         state = State(state.rollout, jax.device_put(state.carry, vae_device), text)
     notes = tuple(filter(None, notes))
-    choices = dict(given=given, history=history, vae_device=vae_device, notes=notes, seed=seed)
-    return Session(model, state, position, solver=model.solver(steps), **choices)
+    frame = timeline.first_frame(cfg, position.latents)
+    progress = Progress(model, position, frame, Past(history))
+    choices = dict(given=given, vae_device=vae_device, notes=notes, seed=seed)
+    return Session(state, progress, solver=model.solver(steps), **choices)
 
 
 def picture(model: Model, image: Pixels) -> tuple[Latents, str]:
@@ -64,6 +70,8 @@ def picture(model: Model, image: Pixels) -> tuple[Latents, str]:
 
     Raises InputError for what cannot be read.
     """
+    from longlive_jax import media  # imports PyAV, which a prompt alone does not need
+
     found = media.read_image(image, model.config.height, model.config.width)
     return _encode(model.vae, _floats(found.frames)), found.note
 

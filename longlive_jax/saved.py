@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,36 +18,56 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from longlive_jax import rollout, sampler, weights
+from longlive_jax import rollout, sampler, timeline, weights
 from longlive_jax.config import Precision, Recache
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.model import Model, Origin, load
-from longlive_jax.session import Chunk, Made, Position, Receipt, Session, State
+from longlive_jax.progress import Chunk, PendingChunk, Position, Progress, Receipt, State
+from longlive_jax.session import Session
+from longlive_jax.undo import Past
 from longlive_jax.vae import vae as coder
 
 FACTS, ARRAYS = "session.json", "arrays"
 KEYS = "turned in space"  # how keys are kept where positions are relative; once they were not
 
+# One at a time, for two may name the same folder. Who holds a session's lock never asks for it.
+_writing = threading.Lock()
+
 
 def write(session: Session, folder: str | os.PathLike) -> None:
     """See `Session.save`. An earlier session in that folder is replaced once this one is whole."""
     folder = pathlib.Path(os.path.realpath(folder))  # not the link to it that may be named
-    _check_free(folder)
+    with _writing:
+        _check_free(folder)
+        facts, arrays = _copied(session)
+        _replace(folder, facts, arrays)
+
+
+def _copied(session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is saved, as it is at one moment, in the host's memory."""
+    for chunk in session.progress.ahead:
+        chunk.wait()  # without the lock: copying is then all that others wait for
+    with session._held() as place:
+        progress, state = place.progress, place.state()
+        arrays = jax.tree.map(np.array, _arrays(session.given, progress, state))
     facts = {
-        "model": dataclasses.asdict(session.model.origin),
-        "dtype": str(session.home.read().text.k.dtype),
-        "stream": dataclasses.asdict(session.model.config.stream),
+        "model": dataclasses.asdict(progress.model.origin),
+        "dtype": str(state.text.k.dtype),
+        "stream": dataclasses.asdict(progress.model.config.stream),
         "keys": KEYS,
-        "fingerprint": session.model.fingerprint,
-        "position": dataclasses.asdict(session.position),
+        "fingerprint": progress.model.fingerprint,
+        "position": dataclasses.asdict(progress.position),
         "solver": dataclasses.asdict(session.solver),
-        "history": session.past.chunks,
+        "history": progress.past.chunks,
         "seed": int(session.seed),
-        "last": session.last and dataclasses.asdict(session.last),
-        "ahead": [dataclasses.asdict(made.position) for made in session.ahead],
+        "last": progress.last and dataclasses.asdict(progress.last),
+        "ahead": [dataclasses.asdict(chunk.position) for chunk in progress.ahead],
         "notes": session.notes,
     }
-    arrays = _arrays(session)
+    return facts, arrays
+
+
+def _replace(folder: pathlib.Path, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         with weights.new_folder(folder) as stage:
@@ -84,13 +105,12 @@ def _write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def _arrays(session: Session) -> dict[str, Any]:
+def _arrays(given: Any, progress: Progress, state: State) -> dict[str, Any]:
     """What is saved, as a tree of arrays. The prompt is encoded again."""
-    state = session.home.read()
     memory = dataclasses.replace(state.rollout, key=jax.random.key_data(state.rollout.key))
-    extras = {"given": session.given, "rest": session.rest}
-    for i, made in enumerate(session.ahead):
-        extras[f"ahead_{i}"] = np.asarray(made.pixels)[made.row]
+    extras = {"given": given, "rest": progress.rest}
+    for i, chunk in enumerate(progress.ahead):
+        extras[f"ahead_{i}"] = np.asarray(chunk.pixels)[chunk.row]
     return {
         "rollout": _named(memory),
         "carry": _named(state.carry),
@@ -201,13 +221,22 @@ def restore(
     if vae_device is not None:
         state = dataclasses.replace(state, carry=jax.device_put(state.carry, vae_device))
     given = None if "given" not in arrays else jnp.asarray(arrays["given"])
-    options = dict(given=given, history=history, vae_device=vae_device, notes=notes, seed=seed)
-    session = Session(model, state, position, solver=sampler.Solver(steps), **options)
-    session.rest, session.last = arrays.get("rest"), last
-    for i, at in enumerate(ahead):
-        pixels = jnp.asarray(arrays[f"ahead_{i}"])[None]
-        session.ahead.append(Made(at, pixels, pixels, 0, 0.0))
-    return session
+    progress = _progress(model, position, arrays, ahead)
+    progress = dataclasses.replace(progress, past=Past(history), last=last)
+    options = dict(given=given, vae_device=vae_device, notes=notes, seed=seed)
+    return Session(state, progress, solver=sampler.Solver(steps), **options)
+
+
+def _progress(
+    model: Model, position: Position, arrays: dict[str, Any], ahead: list[Position]
+) -> Progress:
+    """With the frames that were made and not handed over."""
+    pixels = [jnp.asarray(arrays[f"ahead_{i}"])[None] for i in range(len(ahead))]
+    chunks = (PendingChunk(at, x, x, 0, None) for at, x in zip(ahead, pixels, strict=True))
+    rest = arrays.get("rest")
+    made = timeline.first_frame(model.config, position.latents)
+    frame = made - sum(x.shape[1] for x in pixels) - (0 if rest is None else len(rest))
+    return Progress(model, position, frame, Past(0), tuple(chunks), rest)
 
 
 def _read(folder: pathlib.Path) -> dict[str, Any]:

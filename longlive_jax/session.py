@@ -2,114 +2,53 @@
 
 A `Session` is a thin shell around a `State`, a pytree that goes into pure functions and comes out
 of them. The same seed and the same changes make the same frames, however they are asked for: in one
-go, forked, saved and restored, rewound.
+go, forked, saved and restored, rewound, from one thread or from several.
 """
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, UInt8
 
 from longlive_jax import rollout, timeline
 from longlive_jax.config import Recache
-from longlive_jax.dit.model import TextKV
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.events import CUT_PREFIX, MODES, Event, in_order
-from longlive_jax.rollout import Latents, Rollout
+from longlive_jax.progress import (
+    Arrived,
+    Chunk,
+    ClosedState,
+    Frames,
+    LocalState,
+    Lock,
+    PendingChunk,
+    Place,
+    Progress,
+    Receipt,
+    State,
+)
+from longlive_jax.rollout import Latents
 from longlive_jax.sampler import Solver
-from longlive_jax.undo import Past, Undo
+from longlive_jax.undo import Undo
 from longlive_jax.vae.vae import VAECarry
 
 if TYPE_CHECKING:
     from longlive_jax.model import Model
 
+__all__ = ["Chunk", "Receipt", "Session", "State"]
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """Everything that a video's next chunk depends on."""
-
-    rollout: Rollout
-    carry: VAECarry  # on the VAE's device
-    text: TextKV
-
-
-@dataclasses.dataclass
-class Home:
-    """Where a session's state lives: here, or in a row of a batch."""
-
-    state: State
-
-    def read(self) -> State:
-        return self.state
-
-    def write(self, state: State) -> None:
-        self.state = state
-
-
-class Gone:
-    """The home of a closed session."""
-
-    def read(self) -> State:
-        raise SessionError("the session is closed")
-
-    def write(self, state: State) -> None:
-        self.read()
-
-
-@dataclasses.dataclass(frozen=True)
-class Receipt:
-    """A change of prompt, and the first frame of the video that follows it."""
-
-    kind: str  # "switch" or "cut"
-    mode: str  # of a switch: what became of the memory
-    prompt: str
-    frame: int
-
-    def seconds(self, fps: int) -> float:
-        return self.frame / fps
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What the frames that were handed over last belong to."""
-
-    index: int
-    frame: int  # of the video, the first one of them
-    prompt: str  # in force
-    changes: tuple[Receipt, ...]  # that begin with them
-    denoise_s: float  # seconds until its latents were there
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """How far a session is, known on the host without asking a device."""
-
-    chunk: int = 0
-    latents: int = 0  # made so far
-    prompt: str = ""  # as it was given
-    whole: str = ""  # as the text encoder reads it
-    changes: tuple[Receipt, ...] = ()  # since the last chunk
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A chunk that is on its way."""
-
-    position: Position  # when it was begun
-    latents: Array  # b f h w c; there when denoising has ended
-    pixels: Array  # b t H W 3
-    row: int
-    begun: float
+# Called with a session's lock held. Makes sure that there is something to hand over; answers how
+# many frames of it at most: None for all of a chunk, 0 where there shall be no more.
+Ask = Callable[[Place], int | None]
 
 
 class Session:
@@ -117,67 +56,116 @@ class Session:
 
     Everything that a video depends on is in `state`; nothing is computed that nobody asked for.
 
+    A session may be used from any thread. A change (`switch`, `cut`, `adapt`, `rewind`, `close`)
+    takes effect at once for the next chunk that is begun, also while another thread waits for a
+    chunk; the receipt names the first frame that follows it. Several threads that ask for chunks
+    get different ones, in order. A chunk that was begun and is still waited for counts as begun
+    ahead: `rewind` takes it back, and who waits for it gets the chunk that is made in its place.
+    Where the session is closed meanwhile, they get a `SessionError`. `last` is of the frames that
+    were handed over last, to whichever thread.
+
+    As a context it closes at the end: `with model.session("a red circle") as session`.
+
     Args:
-      model: The weights.
       state: Of one video.
-      position: How far it is.
+      progress: How far it is, and the model.
       solver: How a chunk is denoised.
       given: Latents that the first chunk begins with.
-      history: Chunks that `rewind` can take back; their memory is kept on the host.
       vae_device: Where chunks are decoded, while the next ones are denoised.
+      vae: The decoder, where it is on that device already.
       notes: What was done to pictures that came in.
       seed: What the state's key was made of.
     """
 
     def __init__(
         self,
-        model: Model,
         state: State,
-        position: Position,
+        progress: Progress,
         *,
         solver: Solver,
         given: Latents | None = None,
-        history: int = 0,
         vae_device: jax.Device | None = None,
+        vae: Any = None,
         notes: tuple[str, ...] = (),
         seed: int = 0,
     ):
-        self.model, self.solver, self.notes, self.seed = model, solver, notes, seed
-        self.home: Any = Home(state)  # or what else reads and writes a state
+        self.solver, self.given, self.notes, self.seed = solver, given, notes, seed
         self.vae_device = vae_device
-        self.position = position
-        self.last: Chunk | None = None
-        self.past = Past(history)
-        self.given = given
-        self._vae = model.vae if vae_device is None else jax.device_put(model.vae, vae_device)
-        self.ahead: collections.deque[Made] = collections.deque()
-        self.rest: UInt8[np.ndarray, "t H W 3"] | None = None
-        self._ready = 0.0
-        self._closed = False
+        if vae is None:
+            vae = progress.model.vae
+            vae = vae if vae_device is None else jax.device_put(vae, vae_device)
+        self._vae = vae
+        # Read and replaced here, in `batch` and in `saved`; see `Place` for how.
+        self._place: Place | ClosedState = LocalState(state, progress)
 
-    # Asking.
+    def __enter__(self) -> Session:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Asking. None of these waits for anything.
+
+    @property
+    def progress(self) -> Progress:
+        """How far the session is, as one value."""
+        while True:
+            place = self._place
+            progress = place.progress
+            if place is self._place:  # else it moved to or from a batch
+                return progress
+
+    @property
+    def model(self) -> Model:
+        """The weights and the config in use."""
+        return self.progress.model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        with self._held() as place:
+            self._check_alone()
+            place.commit(dataclasses.replace(place.progress, model=model))
 
     @property
     def prompt(self) -> str:
         """In force for the next chunk that is begun."""
-        return self.position.prompt
+        return self.progress.position.prompt
 
     @property
     def frame(self) -> int:
         """Frames of the video that have been handed over."""
-        rest = 0 if self.rest is None else len(self.rest)
-        return self._frame_of(self.position.latents) - rest - sum(map(_length, self.ahead))
+        return self.progress.frame
+
+    @property
+    def last(self) -> Chunk | None:
+        """What was handed over last."""
+        return self.progress.last
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return isinstance(self._place, ClosedState)
 
-    def next_chunk(self) -> UInt8[np.ndarray, "t H W 3"]:
-        """The next frames: as many as a chunk has, the first chunk of a video three fewer."""
-        self._check_open()
-        if self.rest is None and not self.ahead:
-            self.begin_chunk()
-        return self._hand_over(None)
+    @property
+    def state(self) -> State:
+        """What the next chunk depends on. Its arrays can be read until the session moves on."""
+        with self._held() as place:
+            return place.state()
+
+    # Making.
+
+    def next_chunk(self) -> Frames:
+        """The next frames: as many as a chunk has, the first chunk of a video three fewer.
+
+        Raises:
+          SessionError: the session is closed.
+        """
+
+        def ask(place: Place) -> None:
+            if not place.progress.undelivered:
+                self._begin(place)
+
+        return self._consume(ask)
 
     def stream(
         self,
@@ -185,8 +173,9 @@ class Session:
         *,
         events: Sequence[Event] = (),
         lookahead: int = 0,
-    ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
-        """Chunks, together exactly round(seconds * fps) frames, or without end.
+    ) -> Iterator[Frames]:
+        """Chunks, together exactly round(seconds * fps) frames, or without end. Frames that another
+        thread takes meanwhile count among them.
 
         Args:
           events: Changes of prompt, timed from here: each applies at the first chunk whose first
@@ -196,49 +185,103 @@ class Session:
 
         Raises:
           InputError: the length or an event makes no sense.
+          SessionError: the session is closed, now or later.
         """
-        self._check_open()
+        return self._stream(self._schedule(seconds, events, lookahead))
+
+    def _stream(self, ask: Ask) -> Iterator[Frames]:
+        while (frames := self._consume(ask)) is not None:
+            yield frames
+
+    def astream(
+        self,
+        seconds: float | int | None = None,
+        *,
+        events: Sequence[Event] = (),
+        lookahead: int = 0,
+    ) -> AsyncIterator[Frames]:
+        """`stream` for `async for`: devices are waited for in a thread, so that the event loop goes
+        on. Takes and raises the same.
+
+        Leaving the loop and cancelling its task lose nothing: what was begun is handed over by the
+        next call that asks for frames. Neither closes the session.
+        """
+        return self._astream(self._schedule(seconds, events, lookahead))
+
+    async def _astream(self, ask: Ask) -> AsyncIterator[Frames]:
+        while (waited := await asyncio.to_thread(self._await_in_turn, ask)) is not None:
+            # Not in the thread: that goes on where this task is cancelled, and what it handed over
+            # would be lost.
+            frames = self._hand_over(*waited)
+            if frames is not None:
+                yield frames
+
+    def hand_over_all(self) -> Frames:
+        """Hands over all frames that are made or on their way, maybe none; waits for them.
+
+        Raises:
+          SessionError: the session is closed.
+        """
+        while True:
+            with self._in_turn():
+                seen = self._open_progress()
+                frames = self._hand_over_all(seen, seen.wait_all())
+            if frames is not None:
+                return frames
+
+    def begin_chunk(self) -> None:
+        """Starts the next chunk; devices go on by themselves.
+
+        Raises:
+          SessionError: the session is closed.
+        """
+        with self._held() as place:
+            self._begin(place)
+
+    def _schedule(
+        self, seconds: float | int | None, events: Sequence[Event], lookahead: int
+    ) -> Ask:
+        """Asks for the chunks of a stream, which begins when it is called first."""
+        config = self._open_progress().model.config
         if not 0 <= lookahead <= 1:
             raise InputError(f"lookahead is 0 or 1 chunks, not {lookahead}")
-        config, limit = self.model.config, None
+        limit = None
         if seconds is not None:
             limit = timeline.frame_count(config, seconds)
             events = in_order(events, seconds)
         waiting = collections.deque(sorted(events, key=lambda event: event.time_s))
-        return self._stream(limit, waiting, lookahead)
+        start = end = None
 
-    def _stream(self, limit, waiting, lookahead) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
-        start, fps = self.frame, self.model.config.fps
-        while limit is None or self.frame < start + limit:
-            while self._undelivered() <= lookahead:
-                upcoming = self._frame_of(self.position.latents)
-                if limit is not None and upcoming >= start + limit:
+        def ask(place: Place) -> int | None:
+            nonlocal start, end
+            if start is None:
+                start = place.progress.frame
+                end = None if limit is None else start + limit
+            if end is not None and place.progress.frame >= end:
+                return 0
+            while place.progress.undelivered <= lookahead:
+                upcoming = place.progress.upcoming
+                if end is not None and upcoming >= end:
                     break
-                while waiting and waiting[0].time_s * fps <= upcoming - start:
+                while waiting and waiting[0].time_s * config.fps <= upcoming - start:
                     self._apply(waiting.popleft())
-                self.begin_chunk()
-            yield self._hand_over(None if limit is None else start + limit - self.frame)
-            self._check_open()
+                self._begin(place)
+            return None if end is None else end - place.progress.frame
+
+        return ask
 
     def _apply(self, event: Event) -> Receipt:
         if event.kind == "cut":
             return self.cut(event.prompt)
         return self.switch(event.prompt, event.mode)
 
-    def _undelivered(self) -> int:
-        return len(self.ahead) + (self.rest is not None)
-
-    # Making.
-
-    def begin_chunk(self) -> None:
-        """Starts the next chunk; devices go on by themselves."""
-        self._check_open()
-        config, position = self.model.config, self.position
-        self.remember_chunk()
-        state, begun = self.home.read(), time.perf_counter()
+    def _begin(self, place: Place) -> None:
+        state = place.state()
+        progress = place.progress.before_chunk(lambda: state)
+        position, config, begun = progress.position, progress.model.config, time.perf_counter()
         noise = rollout.noise(state.rollout, config.stream.chunk)
         memory, latents = rollout.generate(
-            self.model.dit,
+            progress.model.dit,
             state.rollout,
             state.text,
             noise,
@@ -247,58 +290,61 @@ class Session:
             solver=self.solver,
             guidance=config.sampler.guidance,
         )
-        carry, pixels = self._decode(state.carry, latents)
-        self.home.write(State(memory, carry, state.text))
-        self.began(Made(position, latents, pixels, 0, begun))
+        carry, pixels = self._decode(state.carry, latents, first=position.latents == 0)
+        text = state.text
+        if position.opens_shot:
+            text = progress.model.prompt_kv([position.prompt])
+        chunk = PendingChunk(position, latents, pixels, 0, begun)
+        place.commit(progress.begun(chunk), State(memory, carry, text))
 
-    def _decode(self, carry: VAECarry, latents: Latents):
+    def _decode(self, carry: VAECarry, latents: Latents, *, first: bool):
         if self.vae_device is not None:
             latents = jax.device_put(latents, self.vae_device)
-        carry, pixels = rollout.decode(self._vae, carry, latents, first=self.position.latents == 0)
+        carry, pixels = rollout.decode(self._vae, carry, latents, first=first)
         pixels.copy_to_host_async()
         return carry, pixels
 
-    def remember_chunk(self) -> None:
-        stream = self.model.config.stream
-        self.past.remember(self.position, lambda: Undo.of_chunk(self.home.read(), stream))
-        self.past.close_chunk()
+    # Handing over: begin what is asked for, wait without the lock, commit if it still is the next.
 
-    def began(self, made: Made) -> None:
-        """Notes that a chunk is on its way."""
-        self.ahead.append(made)
-        self.position = dataclasses.replace(
-            self.position,
-            chunk=self.position.chunk + 1,
-            latents=self.position.latents + made.latents.shape[1],
-            changes=(),
-        )
-        if self._opens_shot():  # the prefix is said once in a shot
-            self.position = dataclasses.replace(self.position, whole=self.position.prompt)
-            text = self.model.prompt_kv([self.position.whole])
-            self.home.write(dataclasses.replace(self.home.read(), text=text))
+    def _consume(self, ask: Ask) -> Frames | None:
+        """The next frames, or None where `ask` wants no more."""
+        while True:
+            with self._in_turn():
+                waited = self._await(ask)
+                if waited is None:
+                    return None
+                frames = self._hand_over(*waited)
+            if frames is not None:
+                return frames
 
-    def _hand_over(self, limit: int | None) -> UInt8[np.ndarray, "t H W 3"]:
-        """The oldest frames that nobody has had, at most `limit`; waits for them."""
-        if self.rest is None:
-            made = self.ahead[0]
-            jax.block_until_ready(made.latents)
-            started, self._ready = max(made.begun, self._ready), time.perf_counter()
-            self.rest = np.asarray(made.pixels)[made.row]
-            self.ahead.popleft()
-            at = made.position
-            first = self._frame_of(at.latents)
-            spent = self._ready - started
-            self.last = Chunk(at.chunk, first, at.prompt, at.changes, spent)
-        else:  # the end of a chunk whose beginning is gone
-            self.last = dataclasses.replace(self.last, frame=self.frame, changes=(), denoise_s=0.0)
-        limit = len(self.rest) if limit is None else limit
-        frames, rest = self.rest[:limit], self.rest[limit:]
-        self.rest = rest if len(rest) else None
-        return frames
+    def _await(self, ask: Ask) -> tuple[Progress, Arrived | None, int | None] | None:
+        """Waits for what `ask` wants; None where that is nothing."""
+        with self._held() as place:
+            limit, seen = ask(place), place.progress
+        return None if limit == 0 else (seen, seen.wait(), limit)
 
-    def _frame_of(self, latent: int) -> int:
-        """The first frame of a latent frame."""
-        return timeline.first_frame(self.model.config, latent)
+    def _await_in_turn(self, ask: Ask) -> tuple[Progress, Arrived | None, int | None] | None:
+        with self._in_turn():
+            return self._await(ask)
+
+    def _hand_over(
+        self, seen: Progress, arrived: Arrived | None, limit: int | None
+    ) -> Frames | None:
+        """Hands over what was waited for, or None where that was taken or rewound meanwhile."""
+        with self._held() as place:
+            if not place.progress.has(seen, arrived is not None):
+                return None
+            progress, frames = place.progress.handed_over(arrived, limit)
+            place.commit(progress)
+            return frames
+
+    def _hand_over_all(self, seen: Progress, arrived: tuple[Arrived, ...]) -> Frames | None:
+        with self._held() as place:
+            if not place.progress.has(seen, len(arrived)):
+                return None
+            progress, frames = place.progress.all_handed_over(arrived)
+            place.commit(progress)
+            return frames
 
     # Steering.
 
@@ -320,21 +366,26 @@ class Session:
             raise InputError(f'there is no mode "{mode}" of a switch: say {", ".join(MODES)}')
         if f"{prompt} ".startswith(CUT_PREFIX):
             return self.cut(prompt)
-        everyone, state = jnp.ones(1, bool), self.home.read()
-        text, memory, whole = self.model.prompt_kv([prompt]), state.rollout, prompt
-        undo = Undo.of_memory if mode == "recache" else Undo.of_labels
-        self.past.remember(self.position, lambda: undo(state))
-        if mode == "recache" and self.position.latents:
-            stream = self.model.config.stream
-            choices = dict(stream=stream, how=how or stream.recache)
-            memory = rollout.recache(self.model.dit, memory, text, everyone, **choices)
-        elif mode == "reset":
-            memory = rollout.forget(memory, everyone)
-        if self._opens_shot():  # the cut is still to come, with its prefix
-            whole = CUT_PREFIX + prompt
-            text = self.model.prompt_kv([whole])
-        self.home.write(dataclasses.replace(state, rollout=memory, text=text))
-        return self._changed("switch", mode, prompt, whole)
+        with self._held() as place:
+            progress, state, everyone = place.progress, place.state(), jnp.ones(1, bool)
+            position, model, memory = progress.position, progress.model, state.rollout
+            text, whole = model.prompt_kv([prompt]), prompt
+            upcoming = text
+            if position.opens_shot:  # the cut is still to come, with its prefix
+                whole = CUT_PREFIX + prompt
+                upcoming = model.prompt_kv([whole])
+            undo = Undo.of_memory if mode == "recache" else Undo.of_labels
+            past = progress.past.remember(position, lambda: undo(state))
+            if mode == "recache" and position.latents:
+                stream = model.config.stream
+                choices = dict(stream=stream, how=how or stream.recache)
+                memory = rollout.recache(model.dit, memory, text, everyone, **choices)
+            elif mode == "reset":
+                memory = rollout.forget(memory, everyone)
+            receipt = Receipt("switch", mode, prompt, progress.upcoming)
+            state = dataclasses.replace(state, rollout=memory, text=upcoming)
+            place.commit(progress.changed(receipt, whole, past), state)
+            return receipt
 
     def cut(self, prompt: str) -> Receipt:
         """A new shot from the next chunk on: its first chunk has `CUT_PREFIX` before the prompt,
@@ -346,14 +397,18 @@ class Session:
           InputError: the prompt is empty.
         """
         prompt = self._checked(f"{self._checked(prompt)} ".removeprefix(CUT_PREFIX))
-        begun, again = self.position.latents > 0, self._opens_shot()
-        whole = CUT_PREFIX + prompt if begun else prompt
-        text, state = self.model.prompt_kv([whole]), self.home.read()
-        self.past.remember(self.position, lambda: Undo.of_labels(state))
-        shot = state.rollout.shot + int(begun and not again)  # one that nobody saw is no shot
-        memory = dataclasses.replace(state.rollout, shot=shot)
-        self.home.write(dataclasses.replace(state, rollout=memory, text=text))
-        return self._changed("cut", "keep", prompt, whole)
+        with self._held() as place:
+            progress, state = place.progress, place.state()
+            begun, again = progress.position.latents > 0, progress.position.opens_shot
+            whole = CUT_PREFIX + prompt if begun else prompt
+            text = progress.model.prompt_kv([whole])
+            past = progress.past.remember(progress.position, lambda: Undo.of_labels(state))
+            shot = state.rollout.shot + int(begun and not again)  # one that nobody saw is no shot
+            memory = dataclasses.replace(state.rollout, shot=shot)
+            receipt = Receipt("cut", "keep", prompt, progress.upcoming)
+            state = dataclasses.replace(state, rollout=memory, text=text)
+            place.commit(progress.changed(receipt, whole, past), state)
+            return receipt
 
     def adapt(self, lora: str | os.PathLike | None) -> None:
         """Another LoRA beside the model's weights from the next chunk on, or none. The memory stays
@@ -364,56 +419,61 @@ class Session:
           SessionError: the session is closed, or shares its model with a batch.
           InputError: there is no LoRA in the file, or it is of another model.
         """
-        self._check_open()
-        if type(self.home) is not Home:
-            raise SessionError("a session in a batch has the batch's model: take it out first")
-        self.model = self.model.adapted(lora)
-        text = self.model.prompt_kv([self.position.whole])
-        self.home.write(dataclasses.replace(self.home.read(), text=text))
-
-    def _opens_shot(self) -> bool:
-        """Whether the next chunk is the first one after a cut."""
-        return self.position.whole != self.position.prompt
-
-    def _changed(self, kind: str, mode: str, prompt: str, whole: str) -> Receipt:
-        receipt = Receipt(kind, mode, prompt, self._frame_of(self.position.latents))
-        changes = (*self.position.changes, receipt)
-        self.position = dataclasses.replace(
-            self.position, prompt=prompt, whole=whole, changes=changes
-        )
-        return receipt
+        while True:
+            with self._held():
+                self._check_alone()
+                before = self.model
+            model = before.adapted(lora)  # reads a file: not with the lock
+            with self._held() as place:
+                self._check_alone()
+                progress, state = place.progress, place.state()
+                if progress.model is before:
+                    text = model.prompt_kv([progress.position.whole])
+                    state = dataclasses.replace(state, text=text)
+                    place.commit(dataclasses.replace(progress, model=model), state)
+                    return
 
     def prepare(self, *modes: str) -> Session:
         """Compiles what switches need before the video plays, so that the first one is as fast as
-        the next.
+        the next. Other threads' changes wait meanwhile.
+
+        Raises:
+          SessionError: the session is closed.
         """
-        self._check_open()
-        state, nobody = self.home.read(), jnp.zeros(1, bool)
-        stream, memory = self.model.config.stream, state.rollout
-        if "recache" in modes:
-            choices = dict(stream=stream, how=stream.recache)
-            memory = rollout.recache(self.model.dit, memory, state.text, nobody, **choices)
-        if "reset" in modes:
-            memory = rollout.forget(memory, nobody)
-        self.home.write(dataclasses.replace(state, rollout=memory))
+        with self._held() as place:
+            state, model, nobody = place.state(), place.progress.model, jnp.zeros(1, bool)
+            stream, memory = model.config.stream, state.rollout
+            if "recache" in modes:
+                choices = dict(stream=stream, how=stream.recache)
+                memory = rollout.recache(model.dit, memory, state.text, nobody, **choices)
+            if "reset" in modes:
+                memory = rollout.forget(memory, nobody)
+            place.commit(place.progress, dataclasses.replace(state, rollout=memory))
         return self
 
     # Going elsewhere.
 
     def fork(self, seed: int | None = None) -> Session:
-        """An independent continuation from here; without a seed, the same one."""
-        self._check_open()
-        state = jax.tree.map(jnp.copy, self.home.read())
+        """An independent continuation from here; without a seed, the same one.
+
+        Raises:
+          SessionError: the session is closed.
+        """
+        with self._held() as place:
+            progress, state = place.progress, jax.tree.map(jnp.copy, place.state())
         if seed is not None:
             key = jax.random.key(seed)[None]
             state = dataclasses.replace(state, rollout=dataclasses.replace(state.rollout, key=key))
-        seed = self.seed if seed is None else seed
-        choices = dict(solver=self.solver, given=self.given, vae_device=self.vae_device)
-        other = Session(self.model, state, self.position, notes=self.notes, seed=seed, **choices)
-        other.past = self.past.copy()
-        other.last, other.rest, other.ahead = self.last, self.rest, self.ahead.copy()
-        other._vae = self._vae  # not another copy on its device
-        return other
+        return Session(
+            state,
+            progress,
+            solver=self.solver,
+            given=self.given,
+            vae_device=self.vae_device,
+            vae=self._vae,
+            notes=self.notes,
+            seed=self.seed if seed is None else seed,
+        )
 
     def rewind(self, chunks: int = 1) -> None:
         """Takes back the last chunks that were handed over, and the changes of prompt made since
@@ -421,48 +481,45 @@ class Session:
         too.
 
         Raises:
-          SessionError: more chunks than `history` kept.
+          InputError: no chunk is to be taken back.
+          SessionError: more chunks than `history` kept, or the session is closed.
         """
         self._check_open()
         if chunks < 1:
             raise InputError(f"rewinding takes back at least 1 chunk, not {chunks}")
-        back = chunks + len(self.ahead)
-        if back > self.past.available:
-            kept = max(0, self.past.available - len(self.ahead))
-            raise SessionError(
-                f"cannot rewind {chunks} chunks, {kept} are kept (history={self.past.chunks})"
-            )
-        self.ahead.clear()
-        self.rest = None
-        state, self.position = self.past.take_back(back, self.home.read(), self.position)
-        text = self.model.prompt_kv([self.position.whole])
-        self.home.write(dataclasses.replace(state, text=text))
+        with self._held() as place:
+            progress, past = place.progress, place.progress.past
+            back = chunks + len(progress.ahead)
+            if back > past.available:
+                kept = max(0, past.available - len(progress.ahead))
+                raise SessionError(
+                    f"cannot rewind {chunks} chunks, {kept} are kept (history={past.chunks})"
+                )
+            position = past.before(back)
+            text = progress.model.prompt_kv([position.whole])
+            past, state = past.take_back(back, place.state())
+            state = dataclasses.replace(state, text=text)
+            place.commit(progress.rewound(position, past), state)
 
-    def save(self, folder) -> None:
+    def save(self, folder: str | os.PathLike) -> None:
         """Writes the session, to be continued with `longlive_jax.restore(folder)`: exactly, also
-        in another process.
+        in another process. Other threads' changes wait while the memory is copied to the host, not
+        while it is written.
 
         Raises:
           InputError: the folder cannot be written, or holds something else.
+          SessionError: the session is closed.
         """
         from longlive_jax import saved
 
         self._check_open()
         saved.write(self, folder)
 
-    def hand_over_all(self) -> UInt8[np.ndarray, "t H W 3"]:
-        """Hands over all frames that are made or on their way; waits for them."""
-        self._check_open()
-        frames = [self._hand_over(None) for _ in range(self._undelivered())]
-        return frames[0] if len(frames) == 1 else np.concatenate(frames)
-
     def close(self) -> None:
         """Gives the memory back. A closed session does nothing more."""
-        self._closed = True
-        self.ahead.clear()
-        self.rest = None
-        self.past = Past(0)
-        self.home = Gone()
+        with contextlib.suppress(SessionError), self._held() as place:
+            self._place = ClosedState(place.progress.closed())
+            place.leave()
 
     def _checked(self, prompt: str) -> str:
         self._check_open()
@@ -471,9 +528,35 @@ class Session:
         return prompt.strip()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise SessionError("the session is closed")
 
+    def _check_alone(self) -> None:
+        if type(self._place) is not LocalState:
+            self._check_open()
+            raise SessionError("a session in a batch has the batch's model: take it out first")
 
-def _length(made: Made) -> int:
-    return made.pixels.shape[1]
+    # Locks; see `Place` for their order.
+
+    def _open_progress(self) -> Progress:
+        with self._held() as place:
+            return place.progress
+
+    def _held(self) -> contextlib.AbstractContextManager[Place]:
+        """With the lock: from here on nobody else changes the session."""
+        return self._locked(lambda place: place.lock)
+
+    def _in_turn(self) -> contextlib.AbstractContextManager[Place]:
+        """With the turn: from here on nobody else who hands over begins and waits."""
+        return self._locked(lambda place: place.turn)
+
+    @contextlib.contextmanager
+    def _locked(self, lock_of: Callable[[Place], Lock]) -> Iterator[Place]:
+        while True:
+            place = self._place
+            if isinstance(place, ClosedState):
+                raise SessionError("the session is closed")
+            with lock_of(place):
+                if place is self._place:
+                    yield place
+                    return

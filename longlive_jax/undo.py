@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from longlive_jax.dit import cache as slots
 from longlive_jax.rollout import Rollout
 
 if TYPE_CHECKING:
-    from longlive_jax.session import Position, State
+    from longlive_jax.progress import Position, State
 
 
 Anywhere = Array | np.ndarray  # on a device, or on the host
@@ -138,62 +137,76 @@ def _scatter(
     return back | dict(latents=latents.at[batch, held].set(was))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Entry:
     """position: right after the chunk before. undos: of the changes since, and at last of the chunk
     itself.
+
+    Forks share entries. `to_host` replaces arrays by the same numbers in the host's memory, which
+    any thread may do at any time.
     """
 
     position: Position
     undos: tuple[Undo, ...]
+    on_host: bool = False
 
-    def on_host(self) -> _Entry:
-        return _Entry(self.position, tuple(undo.on_host() for undo in self.undos))
+    def to_host(self) -> None:
+        if not self.on_host:
+            self.undos = tuple(undo.on_host() for undo in self.undos)
+            self.on_host = True
 
 
+@dataclasses.dataclass(frozen=True)
 class Past:
     """The last `chunks` chunks, as what takes them back. Without chunks nothing is put aside.
 
-    What is put aside is on its way to the host until the next chunk is made, and there from then
+    What is put aside is on its way to the host until the chunk is handed over, and there from then
     on.
+
+    Args:
+      chunks: How many can be taken back at most.
+      entries: Of the chunks, the oldest first.
+      open: What was remembered since the last chunk.
+      since: Where the first of that was remembered.
     """
 
-    def __init__(self, chunks: int):
-        self.chunks = chunks
-        self._entries: collections.deque[_Entry] = collections.deque(maxlen=chunks)
-        self._open: tuple[Undo, ...] = ()
-        self._since: Position | None = None
+    chunks: int
+    entries: tuple[_Entry, ...] = ()
+    open: tuple[Undo, ...] = ()
+    since: Position | None = None
 
     @property
     def available(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
-    def remember(self, position: Position, undo: Callable[[], Undo]) -> None:
-        """Before a change: what it overwrites, of a session that is at `position`."""
-        if self.chunks:
-            self._since = self._since or position
-            self._open += (undo(),)
+    def remember(self, position: Position, undo: Callable[[], Undo]) -> Past:
+        """Before a change: with what it overwrites, of a session that is at `position`."""
+        if not self.chunks:
+            return self
+        since = self.since or position
+        return dataclasses.replace(self, open=(*self.open, undo()), since=since)
 
-    def close_chunk(self) -> None:
+    def close_chunk(self) -> Past:
         """What was remembered since the last call belongs to the chunk that is made now."""
-        if self.chunks:
-            if self._entries:
-                self._entries.append(self._entries.pop().on_host())
-            self._entries.append(_Entry(self._since, self._open))
-            self._open, self._since = (), None
+        if not self.chunks:
+            return self
+        entries = (*self.entries, _Entry(self.since, self.open))[-self.chunks :]
+        return Past(self.chunks, entries)
 
-    def take_back(self, chunks: int, state: State, position: Position) -> tuple[State, Position]:
-        """The state and the position right after the chunk before the last `chunks`."""
-        undos, position = self._open, self._since or position
-        for _ in range(chunks):
-            entry = self._entries.pop()
-            undos, position = entry.undos + undos, entry.position
-        for undo in reversed(undos):
+    def to_host(self, chunk: int) -> None:
+        """Moves what was put aside up to that chunk. Waits only for what was there before it."""
+        for entry in self.entries:
+            if entry.position.chunk <= chunk:
+                entry.to_host()
+
+    def before(self, chunks: int) -> Position:
+        """The position right after the chunk before the last `chunks`, of which there is one."""
+        return self.entries[-chunks].position
+
+    def take_back(self, chunks: int, state: State) -> tuple[Past, State]:
+        """The past and the state right after the chunk before the last `chunks`."""
+        kept = len(self.entries) - chunks
+        undos = [undo for entry in self.entries[kept:] for undo in entry.undos]
+        for undo in reversed((*undos, *self.open)):
             state = undo.apply(state)
-        self._open, self._since = (), None
-        return state, position
-
-    def copy(self) -> Past:
-        other = Past(self.chunks)
-        other._entries, other._open, other._since = self._entries.copy(), self._open, self._since
-        return other
+        return Past(self.chunks, self.entries[:kept]), state

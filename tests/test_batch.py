@@ -64,7 +64,7 @@ def advance(batch, pairs):
         alone, there = pair.alone.next_chunk(), frames[pair.together]
         what = f"session {i} at frame {pair.alone.frame}"
         assert_close(there, alone, what)
-        assert pair.together.position == pair.alone.position
+        assert pair.together.progress.position == pair.alone.progress.position
         assert pair.together.frame == pair.alone.frame
         last = pair.together.last
         assert dataclasses.replace(last, denoise_s=pair.alone.last.denoise_s) == pair.alone.last

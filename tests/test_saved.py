@@ -55,7 +55,7 @@ import longlive_jax
 model = longlive_jax.load("tiny")
 def leaves(folder):
     session = longlive_jax.restore(folder, model=model)
-    memory, carry = session.home.state.rollout, session.home.state.carry
+    memory, carry = session.state.rollout, session.state.carry
     numbers = jax.random.key_data(memory.key), memory.cache, memory.held, carry, session.given
     return [np.asarray(x) for x in jax.tree.leaves(numbers)]
 whole = leaves(sys.argv[1])
@@ -120,13 +120,14 @@ def test_a_restored_session_is_the_one_that_was_saved(tiny, tmp_path, situation)
     session.save(tmp_path / "session")
     assert all((x == before[path]).all() for path, x in leaves(session).items())
     restored = longlive_jax.restore(tmp_path / "session", model=tiny)
-    assert restored.last == session.last and restored.past.chunks == session.past.chunks
+    assert restored.last == session.last
+    assert restored.progress.past.chunks == session.progress.past.chunks
     assert (restored.seed, restored.solver) == (session.seed, session.solver)
     assert (restored.notes, restored.prompt) == (session.notes, session.prompt)
     with pytest.raises(SessionError, match="0 are kept"):
         restored.rewind()
     assert_go_on_the_same(restored, session, chunks=3)
-    if restored.past.chunks:
+    if restored.progress.past.chunks:
         restored.next_chunk()
         restored.rewind()
         assert_go_on_the_same(restored, session)
@@ -148,7 +149,7 @@ def test_a_session_saved_again_is_replaced_whole(tiny, tmp_path):
         session.save(name)
         restored = longlive_jax.restore(name, model=tiny)
         assert_same(restored, session)
-        assert not restored.ahead
+        assert not restored.progress.ahead
     assert sorted(path.name for path in folder.iterdir()) == ["arrays", "session.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "session"]
     assert link.is_symlink()
@@ -279,10 +280,11 @@ def test_broken_arrays_are_refused(tiny, folder, tmp_path):
 def test_arrays_that_lack_something_are_refused(tiny, tmp_path, monkeypatch):
     session = SITUATIONS["under_way"](tiny)
     arrays = saved._arrays
+    carry = next(iter(arrays(None, session.progress, session.state)["carry"]))
 
     def lack(*names):
-        def some(session):
-            tree = arrays(session)
+        def some(*parts):
+            tree = arrays(*parts)
             part = tree
             for name in names[:-1]:
                 part = part[name]
@@ -296,7 +298,7 @@ def test_arrays_that_lack_something_are_refused(tiny, tmp_path, monkeypatch):
         (("rollout",), "is broken: it has no rollout"),
         (("ahead_0",), "is broken: it has no ahead_0"),
         (("rollout", ".cache.k"), "is broken: its rollout is of another shape"),
-        (("carry", next(iter(arrays(session)["carry"]))), "its carry is of another shape"),
+        (("carry", carry), "its carry is of another shape"),
     ):
         monkeypatch.setattr(saved, "_arrays", lack(*names))
         session.save(tmp_path / "session")

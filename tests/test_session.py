@@ -48,7 +48,7 @@ def frames_of(session, chunks):
 
 def leaves(session):
     """Every number of the state, copied: what is donated may be written over."""
-    state = session.home.read()
+    state = session.state
     memory = dataclasses.replace(state.rollout, key=jax.random.key_data(state.rollout.key))
     paths, _ = jax.tree.flatten_with_path((memory, state.carry, state.text))
     return {jax.tree_util.keystr(path): np.array(x) for path, x in paths}
@@ -62,7 +62,7 @@ def assert_same_leaves(one, two):
 
 def assert_same(one, two):
     """Two sessions are at the same place, with the same memory."""
-    assert one.position == two.position and one.frame == two.frame
+    assert one.progress.position == two.progress.position and one.frame == two.frame
     assert_same_leaves(leaves(one), leaves(two))
 
 
@@ -155,7 +155,7 @@ def test_a_fork_goes_on_as_the_session_does(tiny, situation):
     assert fork.prompt == session.prompt and fork.seed == session.seed
     assert_go_on_the_same(fork, session, chunks=3)
     for other in (fork, session):
-        if other.past.chunks:
+        if other.progress.past.chunks:
             other.rewind(2)
     assert_go_on_the_same(fork, session)
 
@@ -200,8 +200,12 @@ def test_keeping_the_same_prompt_changes_nothing(tiny, situation):
     session = SITUATIONS[situation](tiny)
     other = session.fork()
     receipt = other.switch(other.prompt, "keep")
-    assert other.position.changes == (*session.position.changes, receipt)
-    other.position = dataclasses.replace(other.position, changes=session.position.changes)
+    assert other.progress.position.changes == (*session.progress.position.changes, receipt)
+    with other._held() as place:
+        plain = dataclasses.replace(
+            other.progress.position, changes=session.progress.position.changes
+        )
+        place.commit(dataclasses.replace(other.progress, position=plain))
     assert_go_on_the_same(session, other, chunks=3)
 
 
@@ -211,17 +215,17 @@ def test_a_shot_opens_with_the_prefix_once(tiny):
     session.cut(BLUE)
     session.cut(CUT_PREFIX + RED)
     session.switch(GREEN, "keep")
-    assert session.prompt == GREEN and session.position.whole == CUT_PREFIX + GREEN
-    assert session.home.read().rollout.shot.tolist() == [1]
+    assert session.prompt == GREEN and session.progress.position.whole == CUT_PREFIX + GREEN
+    assert session.state.rollout.shot.tolist() == [1]
     other = begun(tiny)
     receipt = other.switch(CUT_PREFIX + GREEN)
     assert (receipt.kind, receipt.prompt, receipt.frame) == ("cut", GREEN, 21)
     assert_same_leaves(leaves(session), leaves(other))
     np.testing.assert_array_equal(session.next_chunk(), other.next_chunk())
-    assert session.position.whole == GREEN
+    assert session.progress.position.whole == GREEN
     said, plain = (tiny.prompt_kv([prompt]) for prompt in (CUT_PREFIX + GREEN, GREEN))
     assert (said.k != plain.k).any()
-    np.testing.assert_array_equal(session.home.read().text.k, plain.k)
+    np.testing.assert_array_equal(session.state.text.k, plain.k)
 
 
 def test_preparing_changes_nothing(tiny):
@@ -368,7 +372,7 @@ def test_rewinding_too_far_changes_nothing(tiny, history):
     kept = max(0, history - 1)
     with pytest.raises(SessionError, match=rf"cannot rewind {kept + 1} chunks, {kept} are kept"):
         session.rewind(kept + 1)
-    assert session.past.available == history
+    assert session.progress.past.available == history
     assert_go_on_the_same(session, other)
 
 
@@ -377,11 +381,11 @@ def test_nothing_is_compiled_after_rewinding(tiny):
     session = begun(tiny, 3, history=3)
     session.switch(BLUE)
     session.next_chunk()
-    bound = [x.committed for x in jax.tree.leaves(session.home.read())]
+    bound = [x.committed for x in jax.tree.leaves(session.state)]
     session.fork().rewind(2)
     with CompileClock() as clock:
         session.rewind(2)
-        assert [x.committed for x in jax.tree.leaves(session.home.read())] == bound
+        assert [x.committed for x in jax.tree.leaves(session.state)] == bound
         session.switch(GREEN)
         session.next_chunk()
     assert clock.programs == 0
@@ -451,7 +455,7 @@ def test_a_stream_that_is_left_loses_nothing(tiny):
         made.append(chunk)
         if len(made) == 2:
             break
-    assert session.frame == 21 and session.position.latents == 9
+    assert session.frame == 21 and session.progress.position.latents == 9
     made.append(session.next_chunk())
     made.append(next(session.stream(0.25, lookahead=1)))
     made += [next(session.stream(lookahead=1)) for _ in range(2)]
@@ -565,7 +569,7 @@ class Slots:
 
 def assert_holds(session, expected, latents):
     """The tables say what the list says, and the latents of a frame are those that were made."""
-    memory = session.home.read().rollout
+    memory = session.state.rollout
     for table, held in ((memory.cache, expected.cache), (memory.held, expected.held)):
         columns = (np.asarray(x[0]).tolist() for x in (table.frame, table.chunk, table.shot))
         rows = zip(*columns, strict=True)
@@ -608,7 +612,7 @@ class Player:
     def begin(self):
         """A chunk is on its way, if none is."""
         if not self.ahead:
-            changes = self.session.position.changes
+            changes = self.session.progress.position.changes
             assert all(change.frame == self.first_frame() for change in changes)
             self.ahead.append((self.slots.chunk, self.first_frame(), self.session.prompt, changes))
             self.session.begin_chunk()
@@ -683,7 +687,7 @@ class Player:
         assert len(chunks) == len(self.chunks) + len(self.ahead)
         for chunk, expected in zip(chunks, self.chunks, strict=False):
             np.testing.assert_array_equal(chunk, expected)
-        assert session.position == self.session.position
+        assert session.progress.position == self.session.progress.position
         assert_same_leaves(leaves(session), leaves(self.session))
 
 
@@ -720,7 +724,7 @@ def test_any_sequence_of_acts(tiny, tmp_path_factory, monkeypatch):
 
 def where(session):
     """The devices of the carry, and those of everything else."""
-    state = session.home.read()
+    state = session.state
     return tuple(
         set().union(*(x.devices() for x in jax.tree.leaves(part)))
         for part in (state.carry, (state.rollout, state.text))
@@ -811,7 +815,7 @@ def decoded(model, latents):
 
 def held(session):
     """The latents that are held, in order of time."""
-    table = session.home.read().rollout.held
+    table = session.state.rollout.held
     order = np.argsort(table.frame[0])[-int((table.frame[0] >= 0).sum()) :]
     return np.asarray(table.latents[0, order])
 
@@ -857,10 +861,14 @@ def test_a_clip_is_continued(tiny, made, extra):
     made.clear()
     session = tiny.session(RED, seed=8, steps=1, video=clip)
     assert len(made) == 0 and len(session.notes) == bool(extra)
-    assert (session.frame, session.position.chunk, session.position.latents) == (33, 3, 9)
+    assert (session.frame, session.progress.position.chunk, session.progress.position.latents) == (
+        33,
+        3,
+        9,
+    )
     latents = encoded(tiny, clip[extra:])
     np.testing.assert_allclose(held(session), latents[0], atol=1e-4)
-    memory = session.home.read().rollout
+    memory = session.state.rollout
     assert sorted(memory.cache.frame[0].tolist())[3:] == list(range(9))
     assert (int(memory.frame[0]), int(memory.chunk[0])) == (9, 3)
     chunk = session.next_chunk()

@@ -176,7 +176,7 @@ def test_rows_of_a_batch_are_those_of_a_session_alone(tiny):
 
 def test_the_state_is_smaller(tiny):
     def nbytes(model):
-        memory = model.session("a red circle").home.read().rollout.cache
+        memory = model.session("a red circle").state.rollout.cache
         return sum(x.nbytes for x in jax.tree.leaves((memory.k, memory.v)))
 
     own, four = nbytes(tiny), nbytes(tiny.streaming(kv="nvfp4"))
