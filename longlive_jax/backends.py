@@ -16,46 +16,62 @@ from longlive_jax.gpus import ARCHITECTURES, Architecture
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One way of carrying out an operation."""
+    """One way of carrying out an operation.
+
+    Attributes:
+      op: The operation.
+      name: Of the backend.
+      architectures: That it needs; none: it runs everywhere.
+      opt_in: How far it has been checked, where it runs only when asked for by name.
+    """
 
     op: str
     name: str
-    architectures: tuple[str, ...] = ()  # that it needs; none: it runs everywhere
-    untried: str = ""  # how far it has come where it has not run on a device: it is no default
+    architectures: tuple[str, ...] = ()
+    opt_in: str = ""
 
     def why_not(self, platform: str | None, architecture: str | None) -> str:
-        """The reason that keeps it from running there; empty if none does."""
+        """The reason that keeps it from running there unasked; empty if none does."""
         if platform is None:
             return "JAX does not start"
         if self.architectures and platform != "gpu":
             return f"needs a GPU of {', '.join(self.architectures)}"
         if self.architectures and architecture not in self.architectures:
             return f"needs {', '.join(self.architectures)}; this is {architecture}"
-        return self.untried and f"{self.untried}: never a default"
+        return self.opt_in and f"opt-in: {self.opt_in}"
 
 
-ATTENTION = ("attention/sink_window", "attention/chunk_table")  # of streams; of training
+# Attention of streams; of training; of prompts and bidirectional models.
+ATTENTION = (
+    (inventory.WINDOW, ""),
+    (inventory.CHUNKS, ""),
+    (inventory.CHUNKS, inventory.FULL),
+)
 
 
-def _attention(op: str) -> tuple[Backend, ...]:
-    """Those of one op; what needs hardware first, each name once."""
+def _attention(op: str, calls: str) -> tuple[Backend, ...]:
+    """The backends of an op that take such calls, the default first, each name once."""
     named: dict[str, list[inventory.Entry]] = {}
-    for e in inventory.ATTENTION:
-        if e.op == op and not e.plain:
-            named.setdefault(e.backend, []).append(e)
-    kernels = (
-        Backend(op, name, tuple(a for e in entries for a in e.architectures), entries[0].state)
+    for entry in inventory.ATTENTION:
+        if entry.op == op and entry.calls in ("", calls):
+            named.setdefault(entry.backend, []).append(entry)
+    return tuple(
+        Backend(
+            op=f"{op}, {calls}" if calls else op,
+            name=name,
+            architectures=tuple(a for entry in entries for a in entry.architectures),
+            opt_in=entries[0].state if entries[0].opt_in else "",
+        )
         for name, entries in named.items()
     )
-    return *kernels, Backend(op, "xla")
 
 
 PRODUCTS = ("W4A4", "W4A16")  # of two four-bit matrices, and of one with numbers as they are
 
 
 def _products(product: str) -> tuple[Backend, ...]:
-    """Those of an NVFP4 product; what needs hardware first."""
-    entries = [e for e in inventory.LOW_BIT if e.op == "nvfp4/matmul" and e.product == product]
+    """The backends of an NVFP4 matmul; what needs hardware first."""
+    entries = [e for e in inventory.LOW_BIT if e.op == "nvfp4/matmul" and e.calls == product]
     kernels = (
         Backend(f"nvfp4 {product}, bf16", e.backend, e.architectures, e.state) for e in entries
     )
@@ -64,7 +80,7 @@ def _products(product: str) -> tuple[Backend, ...]:
 
 
 BACKENDS = (
-    *(backend for op in ATTENTION for backend in _attention(op)),
+    *(backend for op, calls in ATTENTION for backend in _attention(op, calls)),
     Backend("matrix products", "xla"),
     *(backend for product in PRODUCTS for backend in _products(product)),
     Backend("KV cache", "xla"),
@@ -104,10 +120,7 @@ def emulation(platform: str, architecture: str | None) -> str:
     here = architecture or "this GPU"
     if not _units(architecture, "nvfp4"):
         return f"nvfp4 products are emulated on {here}, which has no FP4 units: {_SAVES}"
-    return (
-        f"nvfp4 products are emulated on {here}, as no kernel for its FP4 units has run on a device"
-        f" yet: {_SAVES}"
-    )
+    return f"nvfp4 products are emulated on {here}, whose FP4 units no default uses yet: {_SAVES}"
 
 
 def _units(architecture: str | None, kind: str) -> bool:
@@ -179,8 +192,8 @@ _CACHE = "kept, attended unpacked, {}"
 def _low_bits(arch: Architecture) -> dict[str, str]:
     row = {"on": f"{arch.name} ({arch.what.split(':')[0]})"}
     for product in PRODUCTS:
-        entries = [e for e in inventory.LOW_BIT if e.product == product]
-        named = [f"{e.backend} {e.row[-1]}" for e in entries if arch.name in e.architectures]
+        entries = [e for e in inventory.LOW_BIT if e.calls == product]
+        named = [f"{e.backend} {e.checked}" for e in entries if arch.name in e.architectures]
         asked = f"by name: {', '.join(named)}" if named else ""
         if product == "W4A4" and "nvfp4" not in arch.types:
             asked = "units refused: it has none"

@@ -224,7 +224,7 @@ def sink_window(
         q, *rest = normal(keys[0], (shape.queries, *fresh, *more), dtype)
         new, turns = (q, *rest[: len(fresh)]), rest[len(fresh) :]
         slots = jnp.broadcast_to(jnp.array(shape.own, jnp.int32), own[:2])
-        places = jnp.asarray(shape.table), jnp.int32(shape.layers - 1), slots
+        places = jnp.asarray(shape.asked), jnp.int32(shape.layers - 1), slots
         return new, (table(keys[1]), table(keys[2])), places, turns
 
     def asked(new, memory, places, turns):
@@ -233,7 +233,8 @@ def sink_window(
             k, v = (Scaled(values, scales[..., 0]) for values, scales in (k, v))
             k = dataclasses.replace(k, multiplied=multiplied)
         read = turns[0].astype(jnp.float32) if turns else None
-        return Call(q, k, v, visible, layer, read, Fresh(*pair, slots) if pair else None)
+        fresh = Fresh(*pair, slots) if pair else None
+        return Call(q, k, v, visible, layer, read, fresh, shape.order)
 
     return Case(
         make=make,

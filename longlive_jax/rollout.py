@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
+from longlive_kernels.attention.sink_window import Order
 
 from longlive_jax import sampler, sharding
 from longlive_jax.config import ModelConfig, Recache, StreamConfig
@@ -194,14 +195,15 @@ def _tiled(
 
 
 def enter(dit: DiT, rollout: Rollout, frames: int, stream: StreamConfig) -> tuple[Rollout, Cached]:
-    """Labels the slots of the next chunk, and what its passes attend."""
+    """Labels the slots of the next chunk, and what its passes attend: all of its frames the same
+    slots, every one that is filled.
+    """
     cache, rows = rollout.cache, rollout.cache.frame.shape[0]
     labels = [_tile(x, rows) for x in (rollout.frame, rollout.chunk, rollout.shot)]
     taken = slots.choose(cache, frames, stream.sink, stream.shot_sink)
     cache = slots.claim(cache, taken, *labels)
-    visible = jnp.repeat(cache.filled[:, None], frames, 1)
     rollout = dataclasses.replace(rollout, cache=cache)
-    return rollout, _attention(dit, rollout, taken, visible, stream)
+    return rollout, _attention_of_chunk(dit, rollout, taken, stream)
 
 
 @jax.tree_util.register_dataclass
@@ -228,8 +230,7 @@ def leave(
     if stream.clean_recache:
         cache = slots.keep(cache, _after_cut(cache, attn.slots, stream.sink))
         rollout = dataclasses.replace(rollout, cache=cache)
-        visible = jnp.repeat(cache.filled[:, None], latents.shape[1], 1)
-        attn = _attention(dit, rollout, attn.slots, visible, stream)
+        attn = _attention_of_chunk(dit, rollout, attn.slots, stream)
     attn = dataclasses.replace(attn, final=True)
     _, (k, v) = forward(dit, shown.latents, shown.t, text, attn, (cache.k, cache.v))
     cache = dataclasses.replace(cache, k=k, v=v)
@@ -259,14 +260,29 @@ def _after_cut(table: slots.Table, taken: Int[Array, "b f"], sink: int) -> Bool[
     return ~opens[:, None] | own | (table.filled & (slots.rank(table) < sink))
 
 
+def _attention_of_chunk(
+    dit: DiT, rollout: Rollout, taken: Int[Array, "rows f"], stream: StreamConfig
+) -> Cached:
+    """Attention for a chunk in the slots `taken`: over every slot that is filled.
+
+    These are the first ones of the table: empty slots are taken in order, and a slot is only taken
+    from another frame when none is empty. A clean recache at a cut alone empties slots between
+    others.
+    """
+    visible = rollout.cache.filled[:, None]
+    order = "nested" if stream.clean_recache else "prefix"
+    return _attention(dit, rollout, taken, visible, order, stream)
+
+
 def _attention(
     dit: DiT,
     rollout: Rollout,
     taken: Int[Array, "rows f"],
-    visible: Bool[Array, "rows f slots"],
+    visible: Bool[Array, "rows f_or_1 slots"],
+    order: Order,
     stream: StreamConfig,
 ) -> Cached:
-    """Attention over the cache for the frames in the slots `taken`.
+    """Attention over the cache for the frames in the slots `taken`. order: of `visible`.
 
     Absolute positions: each frame keeps its own and its shot's offset. Relative ones
     (`causal_model_infinity.py`) are ranks in time, and shots do not matter.
@@ -280,7 +296,7 @@ def _attention(
     angles = phases(dit.cfg, jnp.take_along_axis(position, taken, 1), rows, columns)
     read = in_time(dit.cfg, position) if relative else None
     chunk = jnp.take_along_axis(chunk, taken, 1)
-    how = dict(backend=stream.attention, mesh=rollout.mesh)
+    how = dict(order=order, backend=stream.attention, mesh=rollout.mesh)
     return Cached(angles, taken, chunk, visible, read, **how)
 
 
@@ -296,8 +312,8 @@ def check_attention(cfg: ModelConfig, dtype: Any) -> None:
         positions = jnp.zeros((1, stream.window))
         read = in_time(cfg.dit, positions) if stream.rope == "relative" else None
         own = jnp.zeros((1, frames), jnp.int32)
-        visible = jnp.ones((1, frames, stream.window), bool)
-        attn = Cached(angles, own, own, visible, read, backend=stream.attention)
+        visible = jnp.ones((1, 1, stream.window), bool)
+        attn = Cached(angles, own, own, visible, read, "prefix", backend=stream.attention)
         x = jnp.zeros((1, frames * tokens, cfg.dit.heads, cfg.dit.head_dim), dtype)
         prompt = jnp.zeros((1, 1, cfg.dit.text_len, cfg.dit.heads, cfg.dit.head_dim), dtype)
         out = attn(x, x, x, LayerCache(cache.k, cache.v, jnp.int32(0)))[0]
@@ -334,7 +350,8 @@ def recache(
     places = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (rows, count))
     earlier = cache.chunk[:, :, None] >= cache.chunk[:, None, :]
     visible = cache.filled[:, None, :] & (earlier | (how.form == "bidirectional"))
-    attn = _attention(dit, rollout, places, visible, stream)
+    # What a chunk sees, every later one sees, too.
+    attn = _attention(dit, rollout, places, visible, "nested", stream)
     silent = ~which
     if how.sinks == "keep":
         silent |= slots.is_sink(cache, stream.sink, stream.shot_sink)

@@ -87,10 +87,9 @@ def call(dit, cache, taken, visible, position, x, t, text, read=None):
     rows, columns = (n // 2 for n in x.shape[2:4])
     angles = phases(dit.cfg, position, rows, columns)
     read = None if read is None else in_time(dit.cfg, read)
-    visible = jnp.repeat(visible[:, None], x.shape[1], 1)
     state = LayerCache(cache.k, cache.v, jnp.zeros((), jnp.int32))
     chunk = jnp.take_along_axis(cache.chunk, taken, 1)
-    attn = Cached(angles, taken, chunk, visible, read)
+    attn = Cached(angles, taken, chunk, visible[:, None], read)
     v, state = dit(x, t, text, attn, state)
     return v, dataclasses.replace(cache, k=state.k, v=state.v)
 

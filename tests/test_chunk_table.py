@@ -14,13 +14,21 @@ import pytest
 from every_shape import every_shape
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
-from longlive_kernels import absent_gpu
-from longlive_kernels.attention.chunk_table import Table, api, chunk_table, shapes, tiles, xla
+from longlive_kernels import absent_gpu, arch
+from longlive_kernels.attention.chunk_table import (
+    Table,
+    api,
+    chunk_table,
+    cudnn,
+    shapes,
+    tiles,
+    xla,
+)
 
 from longlive_jax.config import TINY, WAN21_T2V_1_3B, WAN22_TI2V_5B
 from longlive_jax.dit import mask
 
-HERE = [name for name in api.BACKENDS if name != "mosaic"]  # which needs a GPU
+HERE = ["xla", "reference"]  # what runs without a GPU
 BACKENDS = [name for name in HERE if name != "reference"]
 LONG = {f"tiny_{count}": count for count in (96, 192, 384)}
 
@@ -383,5 +391,39 @@ def test_it_is_twice_as_fast_as_a_dense_mask(wrap):
     assert 2 * ours < theirs
 
 
-def test_xla_is_what_runs_by_default():
-    assert next(iter(api.BACKENDS.values())) is xla
+FULL = ["one_frame", "1.3b_bidirectional"]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_cudnn_means_what_the_reference_means(name):
+    """By what the same function of JAX has for every device."""
+    shape = small(shapes.SHAPES[name])
+    attend = functools.partial(cudnn.attend, table=shape.table, implementation="xla")
+    with jax.numpy_dtype_promotion("standard"):  # inside `jax.nn`
+        ours = results(attend, qkv(shape))
+    for mine, its in zip(ours, results(call(shape.table, "reference"), qkv(shape)), strict=True):
+        close(mine, its, 1e-5)
+
+
+def test_cudnn_is_the_default_on_nvidia_where_every_query_sees_every_key(monkeypatch):
+    full, causal = (Table.of(f(np.ones((2, 2), bool))) for f in (np.asarray, np.tril))
+    x, wide = (jnp.zeros((1, 4, 1, width), jnp.bfloat16) for width in (64, 264))
+    float32 = x.astype(jnp.float32)
+
+    def default(x, table) -> str:
+        found = (n for n, b in api.BACKENDS.items() if b.unsupported(x, x, x, table) is None)
+        return next(found)
+
+    assert default(x, full) == "xla"  # there is no GPU here
+    for sm in (80, 89, 90, 100, 103, 120):
+        monkeypatch.setattr(arch, "default", lambda sm=sm: sm)
+        assert default(x, full) == "cudnn"
+        assert {default(*given) for given in ((x, causal), (wide, full), (float32, full))} == {
+            "xla"
+        }
+    with pytest.raises(NotImplementedError, match="cudnn takes tables in which every query sees"):
+        chunk_table(x, x, x, causal, implementation="cudnn")
+    mixed = x, x, float32, full
+    assert "takes q, k and v of one type" in cudnn.unsupported(*mixed)
+    monkeypatch.setattr(arch, "default", lambda: 75)
+    assert default(x, full) == "xla"

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from longlive_kernels import inventory
+from longlive_kernels import arch, inventory
 from longlive_kernels.attention.chunk_table import Table
-from longlive_kernels.attention.chunk_table import mosaic as chunk_table
+from longlive_kernels.attention.chunk_table import api as chunk_table
 from longlive_kernels.attention.sink_window import api as sink_window
 from longlive_kernels.attention.sink_window.call import Call
 from longlive_kernels.nvfp4 import NVFP4
@@ -325,13 +325,13 @@ def test_every_operation_says_why_not():
     assert all("JAX does not start" in row["why not the others"] for row in rows)
 
 
-def test_a_kernel_is_chosen_only_where_it_can_be_trusted(monkeypatch):
+def test_a_kernel_is_chosen_only_where_it_runs_and_is_not_opt_in(monkeypatch):
     kernel = backends.Backend("attention/sink_window", "fast", ("sm_90",))
     assert kernel.why_not("cpu", None) == "needs a GPU of sm_90"
     assert kernel.why_not("gpu", "sm_89") == "needs sm_90; this is sm_89"
     assert kernel.why_not("gpu", "sm_90") == ""
-    unproven = dataclasses.replace(kernel, untried="simulated")
-    assert unproven.why_not("gpu", "sm_90") == "simulated: never a default"
+    unproven = dataclasses.replace(kernel, opt_in="simulated")
+    assert unproven.why_not("gpu", "sm_90") == "opt-in: simulated"
     monkeypatch.setattr(backends, "BACKENDS", (kernel, *backends.BACKENDS))
     assert backends.table("gpu", "sm_90")[0]["chosen"] == "fast"
     assert backends.table("cpu", None)[0]["chosen"] == "xla"
@@ -366,17 +366,17 @@ def test_the_inventory_has_every_backend_where_it_runs():
     for op, module in (("nvfp4/matmul", matmul_api), ("nvfp4/quantize", quantize_api)):
         entries = [entry for entry in inventory.LOW_BIT if entry.op == op]
         assert {entry.backend for entry in entries} == set(module.BACKENDS)
-        assert next(iter(module.BACKENDS)) in {entry.backend for entry in entries if entry.plain}
+        assert next(iter(module.BACKENDS)) in {e.backend for e in entries if not e.opt_in}
     four = NVFP4(jnp.zeros((128, 128), "uint8"), jnp.zeros((128, 16), "float8_e4m3fn"), 0.0, "mse")
     operands = {"W4A4": four, "W4A16": jnp.zeros((128, 256), jnp.bfloat16)}
     for entry in inventory.LOW_BIT:
-        if not entry.product:
+        if not entry.calls:
             continue
-        for arch in ARCHITECTURES:
-            call = operands[entry.product], four, jnp.bfloat16
-            reason = matmul_api.BACKENDS[entry.backend].unsupported(*call, sm=int(arch[3:]))
+        for name in ARCHITECTURES:
+            call = operands[entry.calls], four, jnp.bfloat16
+            reason = matmul_api.BACKENDS[entry.backend].unsupported(*call, sm=int(name[3:]))
             runs = reason is None or "jax_triton" in reason  # which is not installed everywhere
-            assert runs == (arch in entry.architectures), (entry.backend, arch, reason)
+            assert runs == (name in entry.architectures), (entry.backend, name, reason)
 
 
 def test_the_inventory_has_every_architecture_of_attention():
@@ -384,11 +384,16 @@ def test_the_inventory_has_every_architecture_of_attention():
     x, table = jnp.zeros((1, 16, 1, 128), jnp.bfloat16), Table.of(np.ones((2, 2), bool))
     slots = jnp.zeros((1, 2, 8, 1, 128), jnp.bfloat16)
     call = Call(x, slots, slots, jnp.ones((1, 2, 2), bool), None, None, None)
-    ours = {("attention/chunk_table", "mosaic"): (chunk_table, (x, x, x, table))} | {
-        ("attention/sink_window", name): (sink_window.BACKENDS[name], (call,))
-        for name in sink_window.BACKENDS.keys() - {"xla", "reference"}
+    plain = {"xla", "reference"}  # which run everywhere
+    ours = {
+        (inventory.CHUNKS, name): (chunk_table.BACKENDS[name], (x, x, x, table))
+        for name in chunk_table.BACKENDS.keys() - plain
+    } | {
+        (inventory.WINDOW, name): (sink_window.BACKENDS[name], (call,))
+        for name in sink_window.BACKENDS.keys() - plain
     }
-    assert ours.keys() == {(e.op, e.backend) for e in inventory.ATTENTION if not e.plain}
+    listed = {(e.op, e.backend) for e in inventory.ATTENTION}
+    assert ours.keys() == {(op, name) for op, name in listed if name not in plain}
     for (op, name), (backend, given) in ours.items():
         entries = [e for e in inventory.ATTENTION if (e.op, e.backend) == (op, name)]
         reasons = {arch: backend.unsupported(*given, sm=int(arch[3:])) for arch in ARCHITECTURES}
@@ -398,6 +403,29 @@ def test_the_inventory_has_every_architecture_of_attention():
             if reason is None or "needs tokamax" in reason  # which is not installed everywhere
         }
         assert runs == {arch for e in entries for arch in e.architectures}, (name, reasons)
+
+
+@pytest.mark.parametrize("sm", [None, 75, *(int(name[3:]) for name in ARCHITECTURES)])
+def test_the_doctor_names_the_default_that_runs(monkeypatch, sm):
+    """What it reads from the inventory is what the ops choose."""
+    monkeypatch.setattr(arch, "default", lambda: sm)
+    x, full = jnp.zeros((1, 16, 1, 128), jnp.bfloat16), Table.of(np.ones((2, 2), bool))
+    slots = jnp.zeros((1, 2, 8, 1, 128), jnp.bfloat16)
+    call = Call(x, slots, slots, jnp.ones((1, 1, 2), bool), None, None, None)
+    causal = Table.of(np.tril(np.ones((2, 2), bool)))
+    found = {
+        inventory.WINDOW: first(sink_window, call),
+        inventory.CHUNKS: first(chunk_table, x, x, x, causal),
+        f"{inventory.CHUNKS}, {inventory.FULL}": first(chunk_table, x, x, x, full),
+    }
+    here = ("cpu", None) if sm is None else ("gpu", f"sm_{sm}")
+    rows = {row["operation"]: row["chosen"] for row in backends.table(*here)}
+    assert {op: rows[op] for op in found} == found
+    assert found[inventory.WINDOW] == ("cudnn" if sm is not None and sm >= 80 else "xla")
+
+
+def first(api, *call) -> str:
+    return next(n for n, backend in api.BACKENDS.items() if backend.unsupported(*call) is None)
 
 
 def test_every_architecture_is_told_how_low_bits_run():
@@ -417,7 +445,7 @@ def test_emulation_is_told_on_gpus():
     assert backends.emulation("cpu", None) == ""
     hopper = backends.emulation("gpu", "sm_90")
     assert "emulated on sm_90, which has no FP4 units" in hopper and "--weights_only" in hopper
-    assert "no kernel for its FP4 units has run" in backends.emulation("gpu", "sm_100")
+    assert "whose FP4 units no default uses yet" in backends.emulation("gpu", "sm_100")
 
 
 def test_the_doctor_comes_without_jax():

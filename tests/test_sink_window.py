@@ -110,7 +110,8 @@ def made(shape: shapes.Shape, kind: str, dtype: str, seed: int = 0) -> Call:
     if shape.relative:
         read = 3 * normal(rows, slots, shape.turned, dtype="float32")
     layer = jnp.int32(layers - 1)
-    return Call(normal(*shape.queries), k, v, jnp.asarray(shape.table), layer, read, fresh)
+    q, visible = normal(*shape.queries), jnp.asarray(shape.asked)
+    return Call(q, k, v, visible, layer, read, fresh, shape.order)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -122,13 +123,14 @@ def run(call: Call, implementation: str | None = None) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="ways")
 def results(call: Call, ways: tuple[xla.Steps | None, ...]) -> tuple[jax.Array, list[jax.Array]]:
     """By the reference, and by XLA: at once where a way is None, else in steps."""
+    call = call.by_frame()
     return reference.attend(call), [
         xla.at_once(call) if by is None else xla.by_steps(call, by) for by in ways
     ]
 
 
 ONE = xla.Steps(1, 1)
-stepped = jax.jit(lambda call: xla.by_steps(call, ONE))
+stepped = jax.jit(lambda call: xla.by_steps(call.by_frame(), ONE))
 
 
 def close(ours, theirs, tolerance: float):
@@ -469,7 +471,9 @@ def test_what_does_not_fit_is_refused():
     new = eight.fresh
     short = dataclasses.replace(new, k=new.k[:, :, :1], v=new.v[:, :, :1])  # too few tokens
     for changes, message in (
-        (dict(visible=call.visible[:, :1].repeat(5, 1)), "do not fit `visible`"),
+        (dict(visible=call.visible.repeat(5, 1)), "neither one row nor one for each of 3"),
+        (dict(visible=call.visible.repeat(2, 0)), "do not fit `visible`"),
+        (dict(order="sorted"), "order 'sorted': one of any, nested, prefix"),
         (dict(k=call.k[..., :1, :]), "keys of one layer are"),
         (dict(v=call.v[:, :, :-1]), "values of one layer are"),
         (dict(layer=None), "keys of one layer are"),
@@ -482,7 +486,7 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             broken(**changes).check()
-    with pytest.raises(NotImplementedError, match="no backend 'flash': there are xla, reference"):
+    with pytest.raises(NotImplementedError, match="no backend 'flash': there are cudnn, xla"):
         run(call, "flash")
     with pytest.raises(NotImplementedError, match="xla takes queries of one of"):
         run(broken(q=call.q.astype(jnp.float8_e4m3fn)), "xla")
@@ -616,7 +620,7 @@ def test_threads_have_the_registers_that_they_ask_for(units, coded, blocks):
 @pytest.mark.parametrize("name", ["5b_recache", "5b_first", "1.3b_second", "rows_differ", "sinks"])
 def test_mosaic_loops_over_as_many_slots_as_are_seen(name, kind):
     """The lists name those of the table, then the fresh ones: each once, and no other."""
-    call, shape = operands(name, kind), shapes.SHAPES[name]
+    call, shape = operands(name, kind).by_frame(), shapes.SHAPES[name]
     rows, frames, count = shape.table.shape
     seen = [call.visible] if call.fresh is None else kept.divided(call.visible, call.fresh)
     lists = np.asarray(jax.jit(mosaic.lists)(call, list(seen)))

@@ -5,7 +5,9 @@ CPUs by what the same function of a library has for every device.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import re
+from typing import get_args
 from unittest import mock
 
 import jax
@@ -14,7 +16,14 @@ import numpy as np
 import pytest
 from every_shape import every_shape
 from longlive_kernels import absent_gpu
-from longlive_kernels.attention.sink_window import cudnn, reference, rows, shapes, tokamax
+from longlive_kernels.attention.sink_window import (
+    Order,
+    cudnn,
+    reference,
+    rows,
+    shapes,
+    tokamax,
+)
 from test_sink_window import (
     BFLOAT16,
     FLOAT32,
@@ -25,9 +34,17 @@ from test_sink_window import (
     operands,
     run,
     sized,
+    small,
 )
 
 LIBRARIES = {"cudnn": cudnn, "tokamax": tokamax}
+# Slots in any order of time: of three chunks of two frames, the first is in the middle.
+CHUNK_OF_SLOT = np.array([1, 1, 0, 0, 2, 2])
+NESTED = dataclasses.replace(
+    shapes.SHAPES["tiny_recache"],
+    visible=shapes.tupled((CHUNK_OF_SLOT[None, :] <= CHUNK_OF_SLOT[:, None])[None]),
+    own=tuple(range(6)),
+)
 ODD = [
     ("ragged", "int8", "float32"),
     ("rows_differ", "nvfp4", "float32"),
@@ -101,41 +118,87 @@ def test_what_libraries_are_given_repeats_to_the_bit(library):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["5b_guidance", "sinks", "frames_differ", "rows_differ"])
-def test_a_row_of_a_library_has_its_keys_in_front(name):
-    """One for each query frame only where these see different slots."""
-    call, asked = operands(name, "float32"), []
+def handed_over(call) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The keys and lengths of every call of a library."""
+    calls = []
 
     def library(q, k, v, keys):
-        jax.debug.callback(lambda *x: asked.append([np.asarray(y) for y in x]), k, keys)
+        jax.debug.callback(lambda *x: calls.append([np.asarray(y) for y in x]), k, keys)
         return q
 
     jax.block_until_ready(jax.jit(lambda call: rows.attend(call, library))(call))
     jax.effects_barrier()
-    ((given, count),) = asked  # the other way is not gone
-    seen, slots = shapes.SHAPES[name].table, np.asarray(call.windows(jnp.float32)[0])
-    if name != "frames_differ":
-        assert (seen == seen[:, :1]).all()
-        seen = seen[:, :1]
-    assert count.shape == (seen.shape[0] * seen.shape[1],)
-    for at, (row, group) in enumerate(np.ndindex(*seen.shape[:2])):
-        front = slots[row][seen[row, group]].reshape(-1, *given.shape[2:])
-        assert count[at] == max(len(front), 1)  # none is asked for the softmax of nothing
-        np.testing.assert_array_equal(given[at, : len(front)], front)
+    return calls
 
 
-def test_cudnn_is_called_with_the_number_of_keys():
-    """In the program for GPUs, which needs neither one nor cuDNN to be written down."""
-    leaves, tree = jax.tree.flatten(made(sized("frames_differ", 16), "bfloat16", "bfloat16"))
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        *itertools.product(["5b_guidance", "5b_recache"], get_args(Order)),
+        *itertools.product(["sinks", "frames_differ", "nested"], ["any", "nested"]),
+    ],
+)
+def test_a_row_of_a_library_has_its_keys_in_front(name, order):
+    """However much was promised. With "prefix" the slots are handed over as they lie."""
+    shape = NESTED if name == "nested" else shapes.SHAPES[name]
+    call = dataclasses.replace(made(small(shape), "float32", "float32"), order=order)
+    seen, slots = shape.asked, np.asarray(call.windows(jnp.float32)[0])
+    calls = handed_over(call)
+    unmet = {(row, group) for row in range(seen.shape[0]) for group in range(seen.shape[1])}
+    assert len(calls) == seen.shape[1]
+    for keys, count in calls:  # in any order
+        given = keys.reshape(slots.shape)
+        fitting = {
+            (row, group)
+            for row, group in unmet
+            if count[row] == max(seen[row, group].sum() * call.tokens, 1)
+            and same_slots(given[row, : seen[row, group].sum()], slots[row][seen[row, group]])
+        }
+        unmet -= {min(x for x in fitting if x[0] == row) for row in range(seen.shape[0])}
+        if order == "prefix":
+            np.testing.assert_array_equal(given, slots)
+    assert not unmet
+
+
+def same_slots(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return sorted(x.tobytes() for x in ours) == sorted(x.tobytes() for x in theirs)
+
+
+def test_no_library_is_asked_for_the_softmax_of_nothing():
+    calls = handed_over(operands("rows_differ", "float32"))
+    (counts,) = (count for _, count in calls)
+    tokens = operands("rows_differ", "float32").tokens
+    assert counts.tolist() == [2 * tokens, tokens, 1, 4 * tokens]
+
+
+@pytest.mark.parametrize("order", ["any", "nested"])
+@pytest.mark.parametrize("name", ["frames_differ", "rows_differ", "nested", "relative"])
+def test_what_is_promised_changes_no_result(name, order):
+    shape = NESTED if name == "nested" else shapes.SHAPES[name]
+    call = dataclasses.replace(made(small(shape), "float32", "float32"), order=order)
+    with jax.numpy_dtype_promotion("standard"):  # inside `jax.nn`
+        ours = np.asarray(program("cudnn")(call))
+    close(ours, np.asarray(program(None)(call)), FLOAT32)
+
+
+@pytest.mark.parametrize(("name", "loops"), [("1.3b_chunk", False), ("frames_differ", True)])
+def test_cudnn_is_called_with_the_number_of_keys(name, loops):
+    """In the program for GPUs, which needs neither one nor cuDNN to be written down: once, for all
+    query frames, or in a loop over them.
+    """
+    call = made(sized(name, 16), "bfloat16", "bfloat16")
+    leaves, tree = jax.tree.flatten(call)
     with absent_gpu.target(mock.Mock(spec=jax.Device, compute_capability="9.0")):
         traced = jax.jit(lambda *x: cudnn.attend(tree.unflatten(x))).trace(*leaves)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     lines = [x.replace(r"\22", '"') for x in text.splitlines() if "stablehlo.custom_call" in x]
-    assert ["@__cudnn$fmhaSoftmax(" in line for line in lines] == [True, True]
-    assert all('"mask_type": "PADDING"' in line for line in lines)
-    # Five frames of sixteen tokens as so many rows, and as one.
-    queries = {re.search(r"\((tensor<\S+>), tensor<(\S+)>", line).groups() for line in lines}
-    assert queries == {(f"tensor<{r}x{80 // r}x1x128xbf16>", f"{r}x80x1x128xbf16") for r in (5, 1)}
+    (line,) = lines
+    assert "@__cudnn$fmhaSoftmax(" in line and '"mask_type": "PADDING"' in line
+    shapes_of = re.search(r"\(tensor<(\S+)>, tensor<(\S+)>", line).groups()
+    frames = 1 if loops else call.frames
+    assert shapes_of == (f"1x{16 * frames}x1x128xbf16", f"1x{16 * call.slots}x1x128xbf16")
+    assert ("stablehlo.while" in text) == loops
+    assert "stablehlo.case" not in text and "stablehlo.if" not in text
 
 
 def test_libraries_say_what_they_lack():

@@ -216,6 +216,46 @@ def test_recache_leaves_nothing_of_the_old_prompt(dit):
         np.testing.assert_array_equal(held[0, slot], latents[0, frame])
 
 
+@pytest.mark.parametrize("shot_sink", [0, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_filled_slots_are_the_first_ones_whatever_happened(dit, seed, shot_sink):
+    """What a chunk promises to attention (`order="prefix"`), in histories of two videos."""
+    rng, stream = np.random.default_rng(seed), dataclasses.replace(STREAM, shot_sink=shot_sink)
+    video = rollout.begin(streams.model(dit, stream, SAMPLER), [0, 1])
+    text, partly = prompt(dit, 0, rows=2), 0
+    for _ in range(40):
+        what, which = rng.integers(6), jnp.asarray(rng.random(2) < 0.5)
+        if what == 0:
+            video = rollout.forget(video, which)
+        elif what == 1:
+            video = dataclasses.replace(video, shot=video.shot + which.astype(jnp.int32))
+        elif what == 2:
+            how = Recache(sinks=str(rng.choice(["first", "keep", "window"])))
+            video = rollout.recache(dit, video, text, which, stream=stream, how=how)
+        else:
+            entered, attn = rollout.enter(dit, video, int(rng.choice([1, 3])), stream)
+            visible = np.asarray(attn.visible[:, 0])
+            assert attn.order == "prefix" and attn.visible.shape[1] == 1
+            assert (visible[:, :-1] >= visible[:, 1:]).all()
+            np.testing.assert_array_equal(visible, entered.cache.filled)
+            partly += int(not visible.all())
+            latents = noise(0, attn.slots.shape[1], rows=2)
+            video = rollout.absorb(dit, video, text, latents, stream=stream)
+    assert partly > 3  # windows that were not full
+
+
+def test_after_a_clean_recache_slots_are_in_any_order(dit):
+    """So nothing is promised there but that all frames of a chunk see the same."""
+    stream = dataclasses.replace(STREAM, clean_recache=True)
+    video, text = rollout.begin(streams.model(dit, stream, SAMPLER), [0]), prompt(dit, 0)
+    for cut in (0, 0, 1):
+        video = dataclasses.replace(video, shot=video.shot + cut)
+        video = rollout.absorb(dit, video, text, noise(0, 3), stream=stream)
+    _, attn = rollout.enter(dit, video, 1, stream)
+    filled = np.asarray(attn.visible[0, 0])
+    assert attn.order == "nested" and not (filled[:-1] >= filled[1:]).all()
+
+
 def test_no_guidance_no_negative_cache(dit):
     guided = dataclasses.replace(SAMPLER, guidance=3.0)
     rows = [streams.begin(dit, STREAM, s, batch=2).cache.k.shape[1] for s in (SAMPLER, guided)]

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
-from longlive_kernels.attention.chunk_table import chunk_table
-from longlive_kernels.attention.sink_window import Fresh, sink_window
+from longlive_kernels.attention.chunk_table import chunk_table, unmasked
+from longlive_kernels.attention.chunk_table.api import BACKENDS as PROMPT_BACKENDS
+from longlive_kernels.attention.sink_window import Fresh, Order, sink_window
 
 from longlive_jax import sharding
 from longlive_jax.dit import storage
 from longlive_jax.dit.rope import in_space, rotate
 
 Heads = Float[Array, "b n a d"]
-Keys = Float[Array, "b m a d"]
 Frames = Float[Array, "b f s a d"]
 Call = tuple[Heads, Heads, Heads]  # q, k and v
 KV = tuple[Any, Any]  # of all layers, kept in any way of `storage`
@@ -37,16 +37,6 @@ Table = tuple[tuple[bool, ...], ...]  # rows of a boolean table: query frame, ke
 EVERYTHING = ((True,),)  # a table in which all queries see all keys
 
 
-def attend(q: Heads, k: Keys, v: Keys) -> Heads:
-    """softmax(q kᵀ / √d) v, the softmax in float32."""
-    q, k, v = (
-        jnp.swapaxes(x, 1, 2) for x in (q, k, v)
-    )  # b a n d; batch axes in front are faster on CPUs
-    scores = jnp.einsum("band,bamd->banm", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * (1.0 / np.sqrt(q.shape[-1])), axis=-1).astype(v.dtype)
-    return jnp.swapaxes(jnp.einsum("banm,bamd->band", weights, v), 1, 2)
-
-
 class OfPrompts:
     """How prompts are attended: the same wherever frames are not left to a kernel by name."""
 
@@ -54,7 +44,7 @@ class OfPrompts:
         """Each of s segments of a sequence attends its own prompt. Videos and segments stay two
         axes: they may lie on different axes of a mesh.
         """
-        return jax.vmap(lambda q, k, v: attend(q, k, v), 1, 1)(q, k, v)
+        return jax.vmap(unmasked, 1, 1)(q, k, v)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["angles"], meta_fields=["table"])
@@ -78,7 +68,7 @@ class Masked(OfPrompts):
 
 
 def named(backend: str) -> str | None:
-    """As kernels take it: None picks the best."""
+    """As kernels take it: None picks the default."""
     return None if backend == "best" else backend
 
 
@@ -114,18 +104,20 @@ class Cached(OfPrompts):
     visible slots.
 
     slots: the slot of each of the call's frames; a frame that is to leave no trace names the one
-    past the last. chunk: of each of them. visible: which slot each may attend. angles: phases of
-    the call's frames. read: phases in time of all slots, where positions are relative: keys are
-    then stored turned in space alone, and in time when they are read. final: this is the frames'
-    clean pass. backend: of `sink_window`; "best": its own choice. mesh: over which the rows are
-    spread; each device writes and attends its own.
+    past the last. chunk: of each of them. visible: which slots each frame may attend, or one row
+    for all of them; order: what is known of it when the program is compiled, as `sink_window` takes
+    it. angles: phases of the call's frames. read: phases in time of all slots, where positions are
+    relative: keys are then stored rotated in space alone, and in time when they are read. final:
+    this is the frames' clean pass. backend: of `sink_window`; "best": the default. mesh: over which
+    the rows are spread; each device writes and attends its own.
     """
 
     angles: Float[Array, "b n p"]
     slots: Int[Array, "b f"]
     chunk: Int[Array, "b f"]
-    visible: Bool[Array, "b f slots"]
+    visible: Bool[Array, "b f_or_1 slots"]
     read: Float[Array, "b slots t"] | None = None
+    order: Order = dataclasses.field(default="any", metadata=dict(static=True))
     final: bool = dataclasses.field(default=False, metadata=dict(static=True))
     backend: str = dataclasses.field(default="best", metadata=dict(static=True))
     mesh: Mesh | None = dataclasses.field(default=None, metadata=dict(static=True))
@@ -151,15 +143,15 @@ class Cached(OfPrompts):
         return jax.shard_map(run, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
 
     def text(self, q: OfSegments, k: OfSaid, v: OfSaid) -> OfSegments:
-        """`OfPrompts.text`. Our kernel writes no scores: those of a prompt of 512 tokens are more
-        than all else that a block moves between its products (`experiments/pointwise.py`).
+        """`OfPrompts.text`, by the backend that is named where it attends prompts, too. Kernels
+        write no scores: those of a prompt of 512 tokens are more than all else that a block moves
+        between its matmuls (`experiments/pointwise.py`).
         """
-        if self.backend != "mosaic":
-            return super().text(q, k, v)
-        how = dict(table=EVERYTHING, implementation=self.backend)
+        backend = self.backend if self.backend in PROMPT_BACKENDS else None
+        attend = functools.partial(chunk_table, table=EVERYTHING, implementation=backend)
 
         def segments(q: Array, k: Array, v: Array) -> Array:
-            each = [chunk_table(q[:, i], k[:, i], v[:, i], **how) for i in range(q.shape[1])]
+            each = [attend(q[:, i], k[:, i], v[:, i]) for i in range(q.shape[1])]
             return jnp.stack(each, 1)
 
         if self.mesh is None:
@@ -189,8 +181,16 @@ class Cached(OfPrompts):
         return q, (k.reshape(shape), v.reshape(shape))
 
     def _over(self, q: Heads, kept: KV, layer: Int[Array, ""], fresh: Fresh | None) -> Heads:
-        given = dict(layer=layer, read=self.read, fresh=fresh, implementation=named(self.backend))
-        return sink_window(q, *map(storage.table, kept), self.visible, **given)
+        return sink_window(
+            q,
+            *map(storage.table, kept),
+            self.visible,
+            layer=layer,
+            read=self.read,
+            fresh=fresh,
+            order=self.order,
+            implementation=named(self.backend),
+        )
 
 
 @jax.tree_util.register_dataclass

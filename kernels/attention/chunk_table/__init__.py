@@ -2,5 +2,6 @@
 
 from longlive_kernels.attention.chunk_table.api import chunk_table
 from longlive_kernels.attention.chunk_table.table import Table
+from longlive_kernels.attention.chunk_table.xla import unmasked
 
-__all__ = ["Table", "chunk_table"]
+__all__ = ["Table", "chunk_table", "unmasked"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from longlive_kernels.attention.chunk_table import mosaic, reference, xla
+from longlive_kernels.attention.chunk_table import cudnn, mosaic, reference, xla
 from longlive_kernels.attention.chunk_table.table import Rows, Table
 
-# The best first, and last what has not run on a device.
-BACKENDS = {"xla": xla, "reference": reference, "mosaic": mosaic}
+# The default is the first that supports a call; what follows the reference, which supports every
+# call, is opt-in.
+BACKENDS = {"cudnn": cudnn, "xla": xla, "reference": reference, "mosaic": mosaic}
 
 
 def chunk_table(
@@ -19,14 +20,21 @@ def chunk_table(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "b n a d"]:
-    """softmax(q kᵀ / √d) v under a static table over latent frames, the softmax in float32.
+    """Computes softmax(q kᵀ / √d) v under a static table over latent frames, softmax in float32.
 
-    table: rows query, columns key. Every frame has as many tokens: n / fq of queries, m / fk of
-    keys. Queries that see no key come out as zeros, and so do their gradients. implementation: a
-    name in `BACKENDS`; None picks the best that supports the call.
+    Args:
+      q: Queries of fq latent frames, n / fq tokens each.
+      k: Keys of fk latent frames, m / fk tokens each.
+      v: Values of the same frames.
+      table: Which key frame (column) each query frame (row) sees.
+      implementation: A name in `BACKENDS`; None picks the first that supports the call.
 
-    Raises ValueError where tokens do not divide over frames, NotImplementedError where the named
-    backend cannot run the call.
+    Returns:
+      The output, zeros for queries that see no key, whose gradients are zeros, too.
+
+    Raises:
+      ValueError: Tokens do not divide over frames.
+      NotImplementedError: The named backend cannot run the call.
     """
     table = Table.of(table)
     for name, x, frames in zip(("queries", "keys"), (q, k), table.shape, strict=True):

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from longlive_kernels.attention.sink_window import kept
 from longlive_kernels.attention.sink_window.kept import Fresh, Kept
+
+# What the caller guarantees about `visible`, known when the program is compiled. "prefix": every
+# query frame sees the first slots of the table, and no other. "nested": of two query frames of a
+# video, one sees all that the other sees. "any": nothing.
+Order = Literal["any", "nested", "prefix"]
 
 
 @jax.tree_util.register_dataclass
@@ -18,10 +25,11 @@ class Call:
     q: Float[Array, "b n a d"]
     k: Kept
     v: Kept
-    visible: Bool[Array, "b f slots"]
+    visible: Bool[Array, "b f_or_1 slots"]
     layer: Int[Array, ""] | None = None
     read: Float[Array, "b m p"] | None = None
     fresh: Fresh | None = None
+    order: Order = dataclasses.field(default="any", metadata=dict(static=True))
 
     @property
     def rows(self) -> int:
@@ -38,7 +46,7 @@ class Call:
     @property
     def frames(self) -> int:
         """Of queries."""
-        return self.visible.shape[1]
+        return self.q.shape[1] // self.tokens
 
     @property
     def slots(self) -> int:
@@ -47,12 +55,17 @@ class Call:
     @property
     def tokens(self) -> int:
         """Of a latent frame."""
-        return self.q.shape[1] // self.frames
+        return kept.shape(self.k, self.heads)[-3]
 
     @property
     def eight(self) -> bool:
         """Whether scores are products of eight-bit numbers."""
         return isinstance(self.k, kept.Scaled) and self.k.multiplied
+
+    def by_frame(self) -> Call:
+        """The same call with a row of `visible` for each query frame."""
+        rows = (self.rows, self.frames, self.slots)
+        return dataclasses.replace(self, visible=jnp.broadcast_to(self.visible, rows))
 
     def rounded(self, dtype) -> Call:
         """The same scores as products of any numbers: of queries and fresh keys in `dtype` that are
@@ -81,8 +94,26 @@ class Call:
 
     def check(self) -> Call:
         """Itself. Raises ValueError where shapes do not fit each other."""
-        if self.visible.shape[0] != self.rows or self.q.shape[1] % self.frames:
-            raise ValueError(f"queries {self.q.shape} do not fit `visible` {self.visible.shape}")
+        self._check_queries()
+        self._check_slots()
+        return self
+
+    def _check_queries(self) -> None:
+        whole = self.q.shape[1] == self.frames * self.tokens
+        if self.visible.shape[0] != self.rows or not whole:
+            raise ValueError(
+                f"queries {self.q.shape} of frames of {self.tokens} tokens do not fit `visible`"
+                f" {self.visible.shape}"
+            )
+        if self.visible.shape[1] not in (1, self.frames):
+            raise ValueError(
+                f"`visible` {self.visible.shape} has neither one row nor one for each of"
+                f" {self.frames} query frames"
+            )
+        if self.order not in get_args(Order):
+            raise ValueError(f"order {self.order!r}: one of {', '.join(get_args(Order))}")
+
+    def _check_slots(self) -> None:
         one = (self.rows, self.slots, self.tokens, self.heads, self.width)
         for name, x in (("keys", self.k), ("values", self.v)):
             shape = kept.shape(x, self.heads)
@@ -104,4 +135,3 @@ class Call:
             found = (self.fresh.k.shape, self.fresh.v.shape)
             if self.fresh.slots.shape[0] != self.rows or set(found) != {new}:
                 raise ValueError(f"fresh frames {found} are not {new} of one latent frame a slot")
-        return self

@@ -140,6 +140,7 @@ def attend(call: Call, *, sm: int | None = None) -> Float[Array, "b n a d"]:
 
 
 def _forward(call: Call, *, units: str) -> Float[Array, "b n a d"]:
+    call = call.by_frame()
     kind, fresh = kept.kind(call.k), call.fresh
     stored, own = (call.visible, None) if fresh is None else kept.divided(call.visible, fresh)
     seen = [stored] if own is None else [stored, own]

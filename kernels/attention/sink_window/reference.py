@@ -17,7 +17,7 @@ def unsupported(call: Call) -> str | None:
 
 def attend(call: Call) -> Float[Array, "b n a d"]:
     """softmax(q kᵀ / √d) v over the tokens of visible slots; zero where there is none."""
-    dtype, call = call.q.dtype, call.rounded(jnp.float32)
+    dtype, call = call.q.dtype, call.by_frame().rounded(jnp.float32)
     q = call.q.astype(jnp.float32)
     k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in call.windows(jnp.float32))
     mask = jnp.repeat(jnp.repeat(call.visible, call.tokens, 1), call.tokens, 2)[:, None]

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Bool
+from longlive_kernels.attention.sink_window.call import Order
 
 KINDS = ("bfloat16", "int8", "fp8", "nvfp4")  # ways to keep a slot
 
@@ -28,6 +29,25 @@ class Shape:
     @property
     def table(self) -> Bool[np.ndarray, "b f slots"]:
         return np.array(self.visible, bool)
+
+    @property
+    def asked(self) -> Bool[np.ndarray, "b f_or_1 slots"]:
+        """The table as models hand it over: one row where all query frames see the same."""
+        table = self.table
+        return table[:, :1] if (table == table[:, :1]).all() else table
+
+    @property
+    def order(self) -> Order:
+        """What models promise about such a table (`call.Order`): of a recache no more than that it
+        is nested, as its slots may lie in any order.
+        """
+        table = self.table
+        if len(self.asked[0]) == 1 and (table[..., :-1] >= table[..., 1:]).all():
+            return "prefix"
+        common = (table[:, :, None] & table[:, None]).sum(-1)  # b f f
+        count = table.sum(-1)
+        smaller = np.minimum(count[:, :, None], count[:, None])
+        return "nested" if (common == smaller).all() else "any"
 
     @property
     def queries(self) -> tuple[int, int, int, int]:
@@ -56,9 +76,13 @@ class Shape:
         return 4 * self.pairs * self.tokens**2 * self.heads * self.width
 
 
+def tupled(visible: Bool[np.ndarray, "b f slots"]) -> tuple[tuple[tuple[bool, ...], ...], ...]:
+    """A table as `Shape` holds it."""
+    return tuple(tuple(tuple(map(bool, row)) for row in rows) for rows in visible)
+
+
 def _shape(visible: np.ndarray, own: range, model: dict[str, int], **more) -> Shape:
-    rows = tuple(tuple(tuple(map(bool, row)) for row in rows) for rows in visible)
-    return Shape(rows, tuple(own), **model, **more)
+    return Shape(tupled(visible), tuple(own), **model, **more)
 
 
 def filled(frames: int, slots: int, held: int) -> Bool[np.ndarray, "1 f slots"]:

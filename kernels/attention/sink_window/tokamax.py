@@ -1,8 +1,9 @@
 """The attention of tokamax (github.com/openxla/tokamax), a Mosaic kernel each for Hopper and
-Blackwell; what it is given is made by rows.py.
+Blackwell; opt-in.
 
-For comparison: slots are unpacked and copied before it reads them. Its gradient is its own, which
-does not compile for Blackwell (tokamax 0.0.12: more shared memory than there is).
+`rows` says what it is handed. Quantised slots are dequantised a layer at a time before it reads
+them. Its gradient is its own, which does not compile for Blackwell (tokamax 0.0.12: more shared
+memory than there is).
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def steps(call: Call, scores: int = SCORES) -> Steps:
 
 def attend(call: Call) -> Float[Array, "b n a d"]:
     """See `api.sink_window`."""
+    call = call.by_frame()
     chosen = steps(call)
     if chosen != Steps(call.frames, call.slots):
         return by_steps(call.rounded(call.q.dtype), chosen)
