@@ -27,6 +27,9 @@ ROUNDING = Fraction(1, 1000)  # s: to which Matroska rounds the times of frames
 ELONGATION = 16  # a picture that is scaled to more than this many frames side by side is refused
 BRANDS = ("major_brand", "compatible_brands")  # of an MP4 or a relative of it
 EXACT = 1 << 18 | 1 << 13  # SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT, which PyAV 17 does not name
+# Titles that are not UTF-8 are no reason to fail. PyAV 19 never fails on them, and has no option.
+PYAV = int(av.__version__.split(".")[0])
+LENIENT = {"metadata_errors": "replace"} if PYAV < 19 else {}
 UNTAGGED = 2  # FFmpeg's number of a colour matrix that is not said
 
 
@@ -121,10 +124,9 @@ def read_clip(
 @contextlib.contextmanager
 def open_video(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Any, Any]]:
     """The opened file and its video stream."""
-    lenient = {"metadata_errors": "replace"}  # titles that are not UTF-8 are no reason to fail
     try:
         # By its name alone FFmpeg would take "a:b.png" for a protocol, "%03d.png" for a series.
-        with open(path, "rb") as file, av.open(file, **lenient) as container:
+        with open(path, "rb") as file, av.open(file, **LENIENT) as container:
             brands = "".join(container.metadata.get(name, "") for name in BRANDS)
             if "heic" in brands or "heix" in brands:
                 # These are cut into tiles, each of which is a stream.
