@@ -1,8 +1,23 @@
 """GPUs by description: `device("h100")` is a sharding to lower programs for."""
 
+import os
+import pathlib
+import sysconfig
+
 import described
 import pytest
 from jax.sharding import SingleDeviceSharding
+
+
+@pytest.fixture(scope="session", autouse=True)
+def assembler():
+    """The `ptxas` of the [aot] extra is the first that is found, by programs that tests run, too.
+    That of a CUDA which is installed may be too old for what Triton writes.
+    """
+    folder = pathlib.Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture

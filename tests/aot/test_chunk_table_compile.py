@@ -15,16 +15,17 @@ pytestmark = pytest.mark.aot
 
 PROGRAM = pathlib.Path(__file__).with_name("chunk_table_program.py")
 SPILLS = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-LAUNCH = re.compile(r"mosaic_gpu_launch_kernel\(ptr %\d+, (?:i32 \d+, ){9}i32 (\d+), ptr")
 KERNELS = ["forward", "keys", "queries"]
 
 
 def compiled(gpu: str, *args: str) -> tuple[int, str]:
-    """The exit status, and PTX, what ptxas says of it, and how kernels are launched."""
+    """The exit status, and PTX, and what ptxas says of it. Where a kernel asks for more than 227 KiB
+    of shared memory, JAX raises ValueError.
+    """
     pytest.importorskip(
         "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
     )
-    dumps = {f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTX", "PTXAS", "HOST_LLVM")}
+    dumps = {f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTX", "PTXAS")}
     done = subprocess.run(
         [sys.executable, PROGRAM, gpu, *args],
         env=os.environ | dumps,
@@ -69,8 +70,6 @@ def test_training_attention_compiles(gpu, name, ranks):
     assert max(map(int, re.findall(r"Used (\d+) registers", text))) <= most
     assert "wgmma.mma_async instructions are serialized" not in text
     assert all(text.count(instruction) >= len(KERNELS) for instruction in instructions)
-    memory = [int(size) for size in LAUNCH.findall(text)]
-    assert len(memory) == len(KERNELS) and max(memory) <= 227 * 1024
     # Beside results, two numbers of every query, and some in places that are left empty.
     (temporary,) = re.findall(r"^temporary (\d+)$", text, re.MULTILINE)
     shape = CALLS[name]

@@ -84,7 +84,10 @@ def assembled(monkeypatch, tmp_path):
     """
     pytest.importorskip("triton", reason="needs Triton of the [aot] extra")
     pytest.importorskip("jax_triton", reason="needs jax_triton of the [aot] extra")
+    import triton
     from jax_triton import triton_lib
+    from longlive_kernels.nvfp4.matmul import dot_scaled
+    from longlive_kernels.nvfp4.quantize import fused
     from triton.backends.nvidia.compiler import get_ptxas
 
     seen = []
@@ -95,7 +98,9 @@ def assembled(monkeypatch, tmp_path):
         return real(name, warps, blocks, shared, ptx, *rest)
 
     monkeypatch.setattr(triton_lib.triton_kernel_call_lib, "TritonKernel", kernel)
-    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    # New functions of the same text: jax_triton keeps what it has compiled of a function.
+    for module, name in ((dot_scaled, "product"), (fused, "quantized")):
+        monkeypatch.setattr(module, name, triton.jit(getattr(module, name).fn))
 
     def run(sm: int, function, *args, **options) -> tuple[str, int, str]:
         seen.clear()
@@ -157,7 +162,8 @@ def test_mosaic_multiplies_four_bits_on_blackwell(name):
 def test_a_kernel_for_blackwell_does_not_compile_for_hopper():
     status, text = mosaic_program("h100", "mosaic", "1.3b_up")
     assert status != 0
-    assert re.search(r"tcgen05\S* op is not supported on sm_90", text)
+    # Of the first, of jax 0.10: by Mosaic; later by LLVM.
+    assert re.search(r"tcgen05\S* op is not supported on sm_90|Cannot select: \S+ \S+tcgen05", text)
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -44,22 +44,23 @@ def unsupported(a: NVFP4 | Array, b: NVFP4, dtype, *, sm: int | None = None) -> 
 
 def matmul(a: NVFP4, b: NVFP4, dtype, *, sm: int | None = None) -> Float[Array, "m n"]:
     """a bᵀ, scaled before it is rounded to `dtype`. sm: the architecture; None: the default's."""
-    import jax_triton
+    from longlive_kernels import jax_versions
     from longlive_kernels.nvfp4.matmul.dot_scaled import product
 
     (m, k), n = a.shape, b.shape[0]
     unit = RULES[a.rule].unit(a.amax) * RULES[b.rule].unit(b.amax)
-    return jax_triton.triton_call(
+    return jax_versions.triton_call(
         a.packed,
         b.packed,
         a.scales,
         b.scales,
         unit.reshape(1),
         kernel=product,
-        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+        out_type=jax.ShapeDtypeStruct((m, n), dtype),
         grid=(-(-m // BLOCKS.rows) * -(-n // BLOCKS.columns),),
         num_warps=BLOCKS.warps,
         num_stages=BLOCKS.stages,
+        enable_fp_fusion=True,
         compute_capability=arch.default() if sm is None else sm,
         M=m,
         N=n,

@@ -62,7 +62,7 @@ def quantize(
 
     Raises ValueError for a seed beside draws.
     """
-    import jax_triton
+    from longlive_kernels import jax_versions
     from longlive_kernels.nvfp4.quantize.fused import quantized
 
     if seed is not None and draws is not None:
@@ -72,12 +72,12 @@ def quantize(
     chosen, blocks = RULES[rule], columns // BLOCK
     noise = {"draws": draws, "seed": None if seed is None else seed.reshape(1)}
     kind = next((name for name, given in noise.items() if given is not None), "none")
-    packed, scales = jax_triton.triton_call(
+    packed, scales = jax_versions.triton_call(
         x,
         amax.reshape(-1),
         amax.reshape(-1) if kind == "none" else noise[kind],
         kernel=quantized,
-        out_shape=(
+        out_type=(
             jax.ShapeDtypeStruct((*stack, rows, columns // 2), jnp.uint8),
             jax.ShapeDtypeStruct((*stack, rows, blocks), jnp.float8_e4m3fn),
         ),
