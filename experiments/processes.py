@@ -3,6 +3,8 @@
 import jax
 from absl import flags
 
+from longlive_jax import cpu_devices
+
 _CPU = flags.DEFINE_integer(
     "cpu_devices", 0, "Virtual CPU devices, where there is no accelerator.", 0
 )
@@ -15,7 +17,7 @@ _CLUSTER = flags.DEFINE_bool("cluster", False, "Take these from Slurm, Open MPI 
 def devices() -> None:
     """Finds the devices of all processes."""
     if _CPU.value:
-        jax.config.update("jax_num_cpu_devices", _CPU.value)
+        cpu_devices.request(_CPU.value)
     if _CLUSTER.value:
         jax.distributed.initialize()
     elif _PROCESSES.value > 1:

@@ -15,7 +15,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from longlive_jax import cpu_devices
 from longlive_jax.version import __version__
+
+cpu_devices.reserve_threads()  # before a device is used
 
 _HOMES = {
     "Batch": "longlive_jax.batch",

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from longlive_jax import cpu_devices
 from longlive_jax.errors import InputError
 
 DATA, FSDP, SEQ = AXES = ("data", "fsdp", "seq")
@@ -31,6 +32,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, *, devices=None) -> Me
     Raises InputError where there are not as many devices, or fewer are asked for than several
     processes have.
     """
+    cpu_devices.reserve_threads()
     given, devices = devices, jax.devices() if devices is None else devices
     if data * fsdp * seq > len(devices):
         raise InputError(
@@ -43,6 +45,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, seq: int = 1, *, devices=None) -> Me
             f" {data * fsdp * seq}"
         )
     shape, used = (data, fsdp, seq), devices[: data * fsdp * seq]
+    cpu_devices.check_threads(used)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
 
 

@@ -6,6 +6,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling programs that run for moments.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+# Threads for collectives of 8 devices, as `longlive_jax.cpu_devices` counts them: the package must
+# not be imported before its annotations are checked.
+os.environ["PJRT_NPROC"] = "64"
 
 import gc  # noqa: E402
 import json  # noqa: E402

@@ -104,13 +104,11 @@ def run(values: flags.FlagValues, load: Load) -> None:
     target = report_path(values)
     output.check_report(target)
 
-    import jax
-
-    from longlive_jax import cache_dir
+    from longlive_jax import cache_dir, cpu_devices
 
     cache_dir.enable()
     if values.cpu_devices:
-        jax.config.update("jax_num_cpu_devices", values.cpu_devices)
+        cpu_devices.request(values.cpu_devices)
 
     from longlive_jax import report
 
