@@ -50,10 +50,12 @@ class Total:
 
 
 def load(ref, **_):
-    """All of a reference. Since jax 0.11 the simulator takes a copy to where a thread has read for a
-    race unless there is a fence of proxies between them. Tensor cores, whose products are plain
-    ones here, need none as they read by the same proxy as copies. Nor does a thread that arrives at
-    a barrier with what it read in registers: JAX's own attention has none there.
+    """All of a reference.
+
+    Since jax 0.11 the simulator reports a race where a copy writes what a thread has read, unless
+    there is a fence of proxies between them. Tensor cores, whose products are plain ones here, need
+    none, as they read by the same proxy as copies. Nor does a thread that arrives at a barrier with
+    what it read in registers: JAX's own attention has no fence there.
     """
     value = ref[...]
     plgpu.commit_smem()

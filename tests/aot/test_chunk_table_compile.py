@@ -8,19 +8,24 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from chunk_table_program import CALLS
 
 pytestmark = pytest.mark.aot
 
 PROGRAM = pathlib.Path(__file__).with_name("chunk_table_program.py")
-SPILLS = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+REPORT = re.compile(
+    r"Compiling entry function 'chunk_table_(\w+)_mosaic_gpu_kernel'.*?"
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads",
+    re.DOTALL,
+)
 KERNELS = ["forward", "keys", "queries"]
 
 
 def compiled(gpu: str, *args: str) -> tuple[int, str]:
-    """The exit status, and PTX, and what ptxas says of it. Where a kernel asks for more than 227 KiB
-    of shared memory, JAX raises ValueError.
+    """The exit status, and PTX, and what ptxas says of it. JAX itself raises ValueError where a
+    kernel asks for more than 227 KiB of shared memory.
     """
     pytest.importorskip(
         "jax_plugins.xla_cuda13", reason="needs the [aot] extra", exc_type=ImportError
@@ -46,6 +51,9 @@ COMPILED = {
     "b200": (["tcgen05.mma.cta_group::1.kind::f16"], 128),
 }
 
+# Bytes of a thread, by kernel and GPU: where the last tile of a run of keys is not whole.
+SPILLED = {} if jax.__version_info__ < (0, 11) else {("h100", "queries"): 4}
+
 
 @pytest.mark.parametrize(
     ("gpu", "name", "ranks"),
@@ -63,9 +71,12 @@ COMPILED = {
 def test_training_attention_compiles(gpu, name, ranks):
     status, text = compiled(gpu, name, ranks)
     assert status == 0
-    names = re.findall(r"Compiling entry function 'chunk_table_(\w+)_mosaic_gpu_kernel'", text)
-    assert sorted(names) == KERNELS
-    assert text.count(SPILLS) == len(KERNELS)
+    spills = {name: max(map(int, found)) for name, *found in REPORT.findall(text)}
+    assert sorted(spills) == KERNELS
+    runs = CALLS[name].table.key_runs
+    ragged = any((stop - start) * CALLS[name].tokens % 128 for start, stop in runs)
+    most = {kernel: SPILLED.get((gpu, kernel), 0) if ragged else 0 for kernel in KERNELS}
+    assert all(spills[kernel] <= most[kernel] for kernel in KERNELS), spills
     instructions, most = COMPILED[gpu]
     assert max(map(int, re.findall(r"Used (\d+) registers", text))) <= most
     assert "wgmma.mma_async instructions are serialized" not in text

@@ -41,11 +41,11 @@ def test_the_compiler_knows_every_gpu_of_the_table(name):
 @pytest.mark.parametrize("preset", ["wan21_1_3b", "wan22_5b"])
 def test_the_formula_agrees_with_the_compiler(preset):
     ask = Ask(preset, 240.0).check()
-    formula = footprint.by_formula(ask.config, ("denoise",))
-    compiled = footprint.compiled(ask.config, gpus.find("h100"), ("denoise",))
-    assert (
-        compiled["denoise"] / ACTIVATIONS < formula["denoise"] < compiled["denoise"] * ACTIVATIONS
-    )
+    programs, gpu = ("denoise", "switch"), gpus.find("h100")
+    formula = footprint.by_formula(ask.config, gpu, programs)
+    compiled = footprint.compiled(ask.config, gpu, programs)
+    for name in programs:
+        assert compiled[name] / ACTIVATIONS < formula[name] < compiled[name] * ACTIVATIONS
     peaks = [
         plan.resident(ask, made | {"text": 0, "decode": 0}).peak(switch=False)
         for made in (compiled, formula)

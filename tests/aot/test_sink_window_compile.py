@@ -32,8 +32,9 @@ SCORES = {  # kinds of slots whose keys are multiplied as they are
     "int8_scores": "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8",
     "fp8_scores": "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
 }
-# Bytes, by threads of a B200 that unpack slots where others turn queries.
-SPILLED = {"int8": 16, "nvfp4": 12}
+# Bytes, by threads of a B200 that unpack slots where others turn queries. By ptxas 13.5; that of
+# 13.0 spills 12 of NVFP4 with jax 0.10, and more than these with 0.12.
+SPILLED = {"int8": 16, "nvfp4": 16}
 # What a GPU's kernel multiplies with, and the threads of a block.
 COMPILED = {
     "h100": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", 384),
@@ -86,7 +87,8 @@ def test_mosaic_compiles(gpu, name, kind):
     (registers,) = re.findall(r"Used (\d+) registers", text)
     assert int(registers) <= 2**16 // threads // 8 * 8
     if gpu == "b200":
-        (columns,) = re.findall(r"mov\.b32\s+(%r\d+), (\d+);\s+tcgen05\.alloc\S+\s+\S+ \1;", text)
+        allocated = r"mov\.b32\s+(%r\d+), (\d+);\s+(?://.*\s+)?tcgen05\.alloc\S+\s+\S+ \1;"
+        (columns,) = re.findall(allocated, text)
         assert columns[1] == "512"  # all of the tensor cores' memory: one block at a time
     # Small numbers are zeros to what flushes them: unpacking must not.
     assert set(re.findall(r"\S*ftz\S*", text)) <= {"ex2.approx.ftz.f32"}
