@@ -240,6 +240,24 @@ def test_who_cannot_join_is_told_why(tiny):
         Batch(tiny, 0)
 
 
+def test_a_batch_tells_who_is_in_it(tiny):
+    """By row, then who waits for a first chunk."""
+    batch, other = Batch(tiny, 3, steps=1), Batch(tiny, 3, steps=1)
+    waits, seated, left, elsewhere = (begun(tiny, chunks) for chunks in (0, 1, 1, 1))
+    assert [*batch] == [] and waits not in batch and RED not in batch
+    other.add(elsewhere)
+    for session in (waits, seated, left):
+        batch.add(session)
+    assert [*batch] == [seated, left, waits] and len(batch) == 3
+    members = iter(batch)
+    batch.remove(left)
+    assert [*members] == [seated, left, waits], "as it was when it was asked"
+    assert left not in batch and elsewhere not in batch and elsewhere in other
+    assert [*batch.next_chunks()] == [*batch] == [seated, waits]
+    seated.close()
+    assert [*batch] == [waits] and seated not in batch
+
+
 @pytest.mark.parametrize("chunks", [0, 1])
 def test_closing_a_session_frees_its_row(tiny, chunks):
     """At once, whether it waited for its first chunk or not."""

@@ -133,6 +133,17 @@ def test_a_restored_session_is_the_one_that_was_saved(tiny, tmp_path, situation)
         assert_go_on_the_same(restored, session)
 
 
+def test_a_chunk_that_another_process_made_takes_no_time(tiny, tmp_path):
+    session = begun(tiny, 1)
+    session.begin_chunk()
+    session.save(tmp_path / "session")
+    restored = longlive_jax.restore(tmp_path / "session", model=tiny)
+    restored.next_chunk()
+    assert restored.last.denoise_s == 0
+    restored.next_chunk()
+    assert 0 < restored.last.denoise_s < 60
+
+
 def test_a_session_saved_again_is_replaced_whole(tiny, tmp_path):
     """Nothing of the earlier one is left, beside it neither."""
     folder, link = tmp_path / "session", tmp_path / "link"

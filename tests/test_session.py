@@ -4,9 +4,14 @@ Bit-exact means: uint8 frames, and every leaf of the state. The same seed and th
 the same frames, however they are asked for.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import fractions
 import functools
+import gzip
+import json
+import threading
 
 import av
 import hypothesis
@@ -23,6 +28,8 @@ from longlive_jax.bench import CompileClock
 from longlive_jax.config import Recache, TAEConfig
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.events import CUT_PREFIX, Event
+from longlive_jax.progress import PendingChunk
+from longlive_jax.undo import Undo
 from longlive_jax.vae import vae as coder
 from longlive_jax.vae.tae import TAE
 
@@ -479,6 +486,136 @@ def test_a_switch_is_never_late_without_lookahead(tiny):
         assert session.last.changes == (receipt,) and session.last.frame == frame
 
 
+def test_an_async_stream_is_the_same_stream(tiny):
+    """With the same events, and with other tasks that go on while a chunk is waited for."""
+    events = [Event(0.5, "cut", GREEN), Event(1.2, "switch", BLUE)]
+    session, twin = begun(tiny, 1), begun(tiny, 1)
+
+    async def follow():
+        ticks = asyncio.create_task(count())
+        made = []
+        async for chunk in session.astream(2.3, events=events, lookahead=1):
+            made.append((chunk, session.last.changes))
+        ticks.cancel()
+        return made
+
+    counted = []
+
+    async def count():
+        while True:
+            counted.append(session.frame)
+            await asyncio.sleep(0)
+
+    made = asyncio.run(follow())
+    for chunk in twin.stream(2.3, events=events, lookahead=1):
+        frames, changes = made.pop(0)
+        np.testing.assert_array_equal(frames, chunk)
+        assert changes == twin.last.changes
+    assert not made and len(set(counted)) > 3
+    assert_go_on_the_same(session, twin)
+    for wrong in (dict(seconds=0), dict(lookahead=2)):
+        with pytest.raises(InputError):
+            session.astream(**wrong)
+
+
+def test_a_cancelled_async_stream_loses_nothing(tiny, monkeypatch):
+    """Neither what it waits for, nor what it has begun ahead."""
+    session, twin = begun(tiny, 1), begun(tiny, 1)
+    waiting, wait = threading.Event(), PendingChunk.wait
+
+    def noted(chunk):
+        waiting.set()
+        return wait(chunk)
+
+    async def follow(made):
+        async for chunk in session.astream(lookahead=1):
+            made.append(chunk)
+            waiting.clear()
+
+    async def cancel():
+        made = []
+        task = asyncio.create_task(follow(made))
+        while not made:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(waiting.wait, 60)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return made
+
+    monkeypatch.setattr(PendingChunk, "wait", noted)
+    made = asyncio.run(cancel())
+    made.append(session.switch(BLUE, "keep") and session.next_chunk())
+    np.testing.assert_array_equal(np.concatenate(made), frames_of(twin, len(made)))
+    assert not session.closed
+
+    async def leave():
+        async for chunk in session.astream():
+            return chunk
+
+    while session.progress.undelivered:  # what was begun before the switch
+        np.testing.assert_array_equal(session.next_chunk(), twin.next_chunk())
+    twin.switch(BLUE, "keep")
+    np.testing.assert_array_equal(asyncio.run(leave()), twin.next_chunk())
+    assert session.prompt == BLUE and session.last.prompt == BLUE
+
+
+def test_a_session_as_a_context_is_closed_at_its_end(tiny):
+    with tiny.session(RED, steps=1) as session:
+        assert len(session.next_chunk()) == 9 and not session.closed
+    assert session.closed and session.frame == 9
+    with pytest.raises(ZeroDivisionError), tiny.session(RED, steps=1) as other:
+        assert 1 / 0
+    assert other.closed
+    with pytest.raises(SessionError, match="the session is closed"), session:
+        pass
+
+
+def test_what_is_interrupted_before_devices_are_asked_changes_nothing(tiny, monkeypatch):
+    session = begun(tiny, 2, history=2)
+    session.cut(GREEN)
+    session.begin_chunk()
+    session.cut(RED)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    places = {"prompt": (type(tiny), "prompt_kv"), "noise": (rollout, "noise")}
+    places |= {"labels": (Undo, "of_labels"), "slots": (Undo, "of_chunk")}
+    for act, places_of in (
+        (lambda session: session.switch(BLUE, "keep"), ("prompt", "labels")),
+        (cut, ("prompt", "labels")),
+        (lambda session: session.rewind(), ("prompt",)),
+        (lambda session: session.begin_chunk(), ("noise", "slots")),
+        (lambda session: session.adapt(None), ("prompt",)),
+    ):
+        for place in places_of:
+            trial = session.fork()
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(*places[place], interrupted)
+                act(trial)
+            assert_same(trial, session)
+            trial.rewind()
+
+
+def test_what_fails_while_a_chunk_is_waited_for_loses_no_frames(tiny, monkeypatch):
+    session, other = begun(tiny, 1), begun(tiny, 1)
+    wait = PendingChunk.wait
+
+    def fail(chunk):
+        wait(chunk)
+        raise KeyboardInterrupt
+
+    for ask in (session.next_chunk, session.hand_over_all, lambda: next(session.stream())):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(PendingChunk, "wait", fail)
+            ask()
+    assert session.frame == other.frame
+    np.testing.assert_array_equal(session.hand_over_all(), other.next_chunk())
+    assert session.hand_over_all().shape == (0, 64, 64, 3)
+    assert_go_on_the_same(session, other)
+
+
 @pytest.fixture
 def made(monkeypatch):
     """The latents of every chunk that is made from now on."""
@@ -781,14 +918,15 @@ def test_a_chunk_is_decoded_while_the_next_one_is_denoised(tiny, tmp_path, histo
 
 
 def spans(folder, program):
-    """Begin and end of every operation of a program that a trace has."""
-    (path,) = folder.rglob("*.xplane.pb")
+    """Begin and end of every operation of a program that a trace has, in microseconds. Of the files
+    of a trace this is the one that every version of JAX can read.
+    """
+    (path,) = folder.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     found = [
-        (event.start_ns, event.end_ns)
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
-        for line in plane.lines
-        for event in line.events
-        if dict(event.stats).get("hlo_module") == program
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("args", {}).get("hlo_module") == program
     ]
     return np.array(found).reshape(-1, 2)
 
@@ -861,11 +999,8 @@ def test_a_clip_is_continued(tiny, made, extra):
     made.clear()
     session = tiny.session(RED, seed=8, steps=1, video=clip)
     assert len(made) == 0 and len(session.notes) == bool(extra)
-    assert (session.frame, session.progress.position.chunk, session.progress.position.latents) == (
-        33,
-        3,
-        9,
-    )
+    position = session.progress.position
+    assert (session.frame, position.chunk, position.latents) == (33, 3, 9)
     latents = encoded(tiny, clip[extra:])
     np.testing.assert_allclose(held(session), latents[0], atol=1e-4)
     memory = session.state.rollout

@@ -63,11 +63,19 @@ def switches(session, count):
     return receipts
 
 
+def prepared(session):
+    """Nothing is compiled from here on."""
+    other = session.fork()
+    other.switch(BLUE, "keep")
+    other.next_chunk()
+    return session
+
+
 def test_a_switch_beside_a_stream_is_not_lost(tiny):
     """Every receipt arrives with the frame that it names, and the video is the one that a single
     thread makes with these receipts.
     """
-    session = begun(tiny, 1)
+    session = prepared(begun(tiny, 1))
     twin, seen, made = session.fork(), [], []
     with switching_often(), in_thread(lambda: switches(session, 60)) as given:
         for chunk in session.stream(8.0):
@@ -87,9 +95,10 @@ def test_a_switch_beside_a_stream_is_not_lost(tiny):
 
 def test_switches_beside_a_batch_are_not_lost(tiny):
     batch = Batch(tiny, 3, steps=1)
-    sessions = [begun(tiny, 1) for _ in range(2)]
+    sessions = [prepared(begun(tiny, 1)) for _ in range(2)]
     for session in sessions:
         batch.add(session)
+    batch.next_chunks()
     seen = {session: [] for session in sessions}
     with contextlib.ExitStack() as stack:
         stack.enter_context(switching_often())
