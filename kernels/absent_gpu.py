@@ -10,6 +10,7 @@ names of JAX, and this is the only module that uses any.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import threading
 import warnings
@@ -26,6 +27,13 @@ CUDNN_MODULE = "jax._src.cudnn.fused_attention_stablehlo"
 # A part of the key of JAX's caches: what was traced for another device is traced again.
 _TARGET = jax.make_user_context(None)
 _ONE_AT_A_TIME = threading.RLock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A GPU of which only the architecture is known: enough to trace for, not to compile for."""
+
+    compute_capability: str  # such as "9.0"
 
 
 def devices(name: str, description: str, count: int = 1) -> Sequence[jax.Device]:
@@ -45,7 +53,7 @@ def devices(name: str, description: str, count: int = 1) -> Sequence[jax.Device]
 
 
 @contextlib.contextmanager
-def target(device: jax.Device) -> Iterator[None]:
+def target(device: jax.Device | Kind) -> Iterator[None]:
     """Make `device` the default device, with cuDNN, for what this thread traces and compiles.
 
     Operations outside of `jax.jit` still run on the devices of the process. Other threads are not

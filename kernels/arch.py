@@ -6,11 +6,12 @@ import re
 
 import jax
 from jax.extend import backend
+from longlive_kernels.absent_gpu import Kind
 
 FP4 = 100  # the first with units that multiply four-bit floats
 
 
-def of(device: jax.Device) -> int | None:
+def of(device: jax.Device | Kind) -> int | None:
     """The architecture of an NVIDIA GPU, described ones included; None of anything else."""
     version = re.fullmatch(r"(\d+)\.(\d)", str(getattr(device, "compute_capability", "")))
     return int("".join(version.groups())) if version else None

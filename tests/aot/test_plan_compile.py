@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
-from longlive_kernels import absent_gpu
+from longlive_kernels import absent_gpu, arch
 
 from longlive_jax import footprint, gpus, plan
 from longlive_jax.plan import Ask
@@ -51,6 +51,25 @@ def test_the_formula_agrees_with_the_compiler(preset):
         for made in (compiled, formula)
     ]
     assert max(peaks) < PEAK * min(peaks)
+
+
+def test_a_program_chooses_kernels_for_the_gpu_that_it_is_compiled_for(monkeypatch):
+    """Also where it was traced for this machine before."""
+    chosen = []
+
+    @jax.jit
+    def program(x):
+        chosen.append(arch.default())
+        return x + 1
+
+    def programs(cfg, sharding):
+        return {"denoise": (program, (jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding),))}
+
+    monkeypatch.setattr(footprint, "programs", programs)
+    program(jnp.zeros(8))
+    for gpu in ("h100", "b200"):
+        footprint.compiled(plan.PRESETS["tiny"], gpus.find(gpu), ("denoise",))
+    assert chosen == [None, 90, 100]
 
 
 def test_a_plan_says_that_it_was_compiled():
