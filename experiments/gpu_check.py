@@ -1,12 +1,15 @@
-"""What a GPU says of this checkout, in at most eight minutes: python experiments/gpu_check.py
+"""Checks and times this checkout on a GPU, in at most eight minutes.
 
-For the day when a GPU is at hand for a short time. Nothing has to be installed of this project: it
-needs JAX for the GPU, flax and what these bring. What is measured is in `PARTS` below, in order of
-worth; `experiments/README.md` says what each part gives. Without a GPU the tiny model stands in.
+python experiments/gpu_check.py
 
-Every part is a process with a time limit: a wrong kernel may wait for ever, or leave a GPU on which
-nothing runs any more. That costs the one entry that was being measured; the part begins anew with
-the next one. The report is complete on disk after every entry, so that an interrupt loses nothing.
+It runs from a plain checkout: only JAX for the GPU, flax and numpy have to be installed, with their
+dependencies. `parts` below lists what is measured, the most important first, and
+`experiments/README.md` describes it. Without a GPU, the tiny model replaces the presets.
+
+Every part is a process with a time limit, because a wrong kernel can hang, or leave a GPU on which
+nothing works until the process ends. That costs the entry which was being measured; a new process
+continues with the next one. The report on disk is updated after every entry, so that an interrupt
+loses nothing.
 """
 
 from __future__ import annotations
@@ -30,14 +33,15 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = ROOT / "experiments" / "devices"
 SCHEMA = 1
-LEAST_S = 5.0  # a part that has less is not begun
+LEAST_S = 5.0  # a part with less time left is not started
 POLL_S = 0.1
-LINES = 12  # of what a part has written, that are kept where it fails
+CPU_FACTOR = 4.0  # of the time limits, where there is no GPU
+LINES = 12  # of the output of a process that failed, kept in the report
 ENDED = ("ok", "failed", "timed out", "skipped")
-# The first of them that an entry has is the state of its part.
+# A part has the first of these states that one of its entries has.
 STATES = ("begun", "interrupted", "failed", "timed out", "not reached", "ok", "skipped")
 
-# The best first, as far as is known before the first run.
+# The most promising first.
 BACKENDS = ("cudnn", "mosaic", "tokamax", "xla")
 PRESETS = {"1.3b": "wan21_1_3b", "5b": "wan22_5b"}
 WINDOW, TABLE = "attention/sink_window", "attention/chunk_table"
@@ -48,14 +52,14 @@ class Part:
     """A program that measures entries, one after the other.
 
     Args:
-      name: In the report; begins with a word that `--only` takes.
-      command: What is run; the file for its results and the entries that are left are added.
-      entries: What it measures.
-      limit_s: For all of them.
-      silence_s: Between two results; what is being measured then is given up.
-      environment: Variables that are set for it.
-      arguments: Those between the file for results and the entries.
-      unfit: Why it is not run; empty if it is.
+      name: Name in the report; its first word can be given to `--only`.
+      command: Program; the results file, `arguments` and the remaining entries are appended.
+      entries: Names of what it measures.
+      limit_s: Time limit of the part, in seconds.
+      silence_s: Longest time between two results, in seconds.
+      environment: Environment variables to set.
+      arguments: Arguments between the results file and the entries.
+      unfit: Reason not to run it; empty to run it.
     """
 
     name: str
@@ -67,10 +71,13 @@ class Part:
     arguments: tuple[str, ...] = ()
     unfit: str = ""
 
-    def patient(self, times: float) -> Part:
-        """The same part with that many times the time."""
-        limits = dict(limit_s=self.limit_s * times, silence_s=self.silence_s * times)
-        return dataclasses.replace(self, **limits)
+    def standing_in(self) -> Part:
+        """The same part where there is no GPU: limits are longer, and since times on a CPU are not
+        of interest, programs are compiled with few optimisations.
+        """
+        limits = dict(limit_s=self.limit_s * CPU_FACTOR, silence_s=self.silence_s * CPU_FACTOR)
+        environment = {**self.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        return dataclasses.replace(self, **limits, environment=environment)
 
 
 def module(name: str) -> tuple[str, ...]:
@@ -80,16 +87,15 @@ def module(name: str) -> tuple[str, ...]:
 
 DEVICE = Part("device", module("device"), ("facts", "peaks"), 75.0, 60.0)
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
-PATIENCE = 4.0  # times the limits of a part, where CPUs stand in: nobody waits to have them back
 
 
 def parts(facts: Mapping[str, Any], tiny: bool, scratch: pathlib.Path) -> list[Part]:
-    """What is measured after the device's facts, in order of worth.
+    """What is measured after the device's facts, the most important first.
 
     Args:
-      facts: Of the device.
-      tiny: Whether the tiny model stands in for the presets.
-      scratch: A folder for files of this run.
+      facts: Facts of the device.
+      tiny: Whether the tiny model replaces the presets.
+      scratch: Folder for files of this run.
     """
     kind, on_cpu = str(facts.get("kind", "")), facts.get("platform") == "cpu"
     sizes = {"tiny": "tiny"} if tiny else PRESETS
@@ -107,11 +113,11 @@ def parts(facts: Mapping[str, Any], tiny: bool, scratch: pathlib.Path) -> list[P
         Part("toy device", toy, ("frames", "difference"), 90.0, 90.0, {}, (device, cpu)),
         *(_attention("training", name, _training(sizes), on_cpu) for name in BACKENDS),
     ]
-    if not tiny:  # a minute or more for each, of CPUs alone
+    if not tiny:  # compiles for a minute or more each
         found.append(
             Part("memory compiled", memory, forms["compiled"], 300.0, 200.0, ON_CPU, (kind,))
         )
-    return [part.patient(PATIENCE) for part in found] if on_cpu else found
+    return [part.standing_in() for part in found] if on_cpu else found
 
 
 def _attention(word: str, backend: str, entries: tuple[str, ...], on_cpu: bool) -> Part:
@@ -121,16 +127,14 @@ def _attention(word: str, backend: str, entries: tuple[str, ...], on_cpu: bool) 
 
 
 def _bench(preset: str) -> Part:
-    # A window is full after four chunks.
-    limit_s, chunks = {"tiny": (100.0, "3"), "wan21_1_3b": (100.0, "6"), "wan22_5b": (150.0, "6")}[
-        preset
-    ]
+    limit_s = 150.0 if preset == "wan22_5b" else 100.0
+    chunks = "3" if preset == "tiny" else "6"  # of each video; the window is full after four
     entries = ("best", "xla", "best, switch")
     return Part(f"bench {preset}", module("model"), entries, limit_s, limit_s, {}, (preset, chunks))
 
 
 def _streams(sizes: Sequence[str]) -> tuple[str, ...]:
-    """Attention of a chunk over a full window, of reading a window again, of quantised slots."""
+    """Attention of a chunk over a full window, of recaching, and over quantised slots."""
     bits = [
         f"{WINDOW} {kind} @ {size}_chunk" for kind in ("int8", "fp8", "nvfp4") for size in sizes
     ]
@@ -139,7 +143,7 @@ def _streams(sizes: Sequence[str]) -> tuple[str, ...]:
 
 
 def _training(sizes: Sequence[str]) -> tuple[str, ...]:
-    """Gradients, and attention of teacher forcing."""
+    """Attention of teacher forcing, and gradients."""
     lengths = {"tiny": "tiny_12"} | {size: f"{size}_16s" for size in PRESETS}
     forward = [f"{TABLE} @ {lengths[size]}" for size in sizes]
     gradients = [f"{TABLE} gradient @ {lengths[size]}" for size in sizes]
@@ -148,17 +152,17 @@ def _training(sizes: Sequence[str]) -> tuple[str, ...]:
 
 
 class Report:
-    """The report, and the file that always holds what is known by now.
+    """The report, in memory and on disk.
 
     Args:
-      path: Where it goes; None is a name of the device and the date, once the device is known.
-      budget_s: Of the whole run.
+      path: The file; None chooses a name from the device and the date, once the device is known.
+      budget_s: Time limit of the whole run, in seconds.
     """
 
     def __init__(self, path: pathlib.Path | None, budget_s: float):
         self._began = time.monotonic()
         self._path = path
-        self.said: dict[str, Any] = {
+        self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "budget_s": budget_s,
@@ -171,29 +175,29 @@ class Report:
     @property
     def path(self) -> pathlib.Path:
         if self._path is None:
-            self._path = free_name(self.facts.get("kind", "unknown"), self.said["begun"][:10])
+            self._path = free_name(self.facts.get("kind", "unknown"), self.content["begun"][:10])
         return self._path
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Of the device; empty where they are not known."""
-        device = self.said["parts"].get(DEVICE.name, {})
+        """Facts of the device; empty while they are not known."""
+        device = self.content["parts"].get(DEVICE.name, {})
         return device.get("entries", {}).get("facts", {})
 
     def write(self) -> None:
-        """Puts the report on disk, in one step."""
-        self.said["took_s"] = round(time.monotonic() - self._began, 1)
+        """Replaces the file on disk in one step."""
+        self.content["took_s"] = round(time.monotonic() - self._began, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            unfinished.write_text(json.dumps(self.said, indent=2) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
             os.replace(unfinished, self.path)
         finally:
             unfinished.unlink(missing_ok=True)
 
 
 def free_name(device: str, date: str, folder: pathlib.Path = DEVICES) -> pathlib.Path:
-    """A name that no report has: such as nvidia-h100-80gb-hbm3-2026-12-01.json, …-2.json."""
+    """An unused file name, such as nvidia-h100-80gb-hbm3-2026-12-01.json, or with -2 at its end."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     path, number = folder / f"{slug}-{date}.json", 1
     while path.exists():
@@ -203,28 +207,28 @@ def free_name(device: str, date: str, folder: pathlib.Path = DEVICES) -> pathlib
 
 
 class Child:
-    """A running part: its results as they come, and the end of it and of what it has started."""
+    """A process of a part, with its results and output."""
 
     def __init__(self, part: Part, entries: Sequence[str], scratch: pathlib.Path):
-        self._results, self._written = (
-            scratch / f"{kind}_{time.monotonic_ns()}" for kind in ("results", "written")
+        self._results, self._output = (
+            scratch / f"{kind}_{time.monotonic_ns()}" for kind in ("results", "output")
         )
         self._results.touch()
         self._read = 0
         command = [*part.command, str(self._results), *part.arguments, *entries]
-        with self._written.open("wb") as written:
+        with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=written,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=surroundings(scratch) | part.environment,
                 cwd=scratch,
                 start_new_session=True,
             )
 
-    def heard(self) -> list[dict[str, Any]]:
-        """Results since the last time; of a line that is being written nothing."""
+    def new_results(self) -> list[dict[str, Any]]:
+        """Complete lines of results since the last call."""
         with self._results.open("rb") as file:
             file.seek(self._read)
             whole, newline, _ = file.read().rpartition(b"\n")
@@ -232,14 +236,14 @@ class Child:
         return [json.loads(line) for line in whole.splitlines()]
 
     def last_lines(self) -> str:
-        """The end of what it has written, without the names of folders of this machine."""
-        text = self._written.read_text("utf-8", errors="replace")
+        """The end of its output, without names of folders of this machine."""
+        text = self._output.read_text("utf-8", errors="replace")
         for folder, name in ((ROOT, "."), (sys.prefix, "<python>"), (pathlib.Path.home(), "~")):
             text = text.replace(str(folder), name)
         return "\n".join(text.splitlines()[-LINES:])
 
     def end(self) -> None:
-        """Ends it, and what it has started."""
+        """Kills it and the processes that it started, unless it has ended."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -247,20 +251,20 @@ class Child:
 
 
 def surroundings(scratch: pathlib.Path) -> dict[str, str]:
-    """The environment of every part: where sources are, what it may take, what parts share."""
+    """The environment of every part: import path, share of GPU memory, compilation cache."""
     folders = [str(scratch), str(ROOT), str(ROOT / "experiments")]
-    chosen = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # the 5B needs more of 80 GB than JAX would take
+    defaults = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # the 5B needs more than the default
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "xla"),
     }
-    theirs = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([*folders, theirs] if theirs else folders)
-    return chosen | os.environ | {"PYTHONPATH": path}
+    existing = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([*folders, existing] if existing else folders)
+    return defaults | os.environ | {"PYTHONPATH": path}
 
 
 @contextlib.contextmanager
 def folder() -> Iterator[pathlib.Path]:
-    """A folder for this run, in which `kernels` has the name by which it is imported."""
+    """A folder for this run, in which `kernels` can be imported as `longlive_kernels`."""
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as name:
         made = pathlib.Path(name)
         (made / "longlive_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
@@ -268,38 +272,38 @@ def folder() -> Iterator[pathlib.Path]:
 
 
 def run_part(
-    part: Part, until: float, scratch: pathlib.Path, tell: Callable[[dict[str, Any]], None]
+    part: Part, until: float, scratch: pathlib.Path, update: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Runs a part, anew after what goes wrong, until all entries have ended or its time is up.
+    """Runs a part until all entries have ended or its time is up, in a new process after a failure.
 
     Args:
-      part: What to run.
-      until: When the whole run ends, by `time.monotonic`.
-      scratch: The run's folder.
-      tell: Called with what is known of the part whenever that has changed.
+      part: The part to run.
+      until: End of the whole run, in seconds of `time.monotonic`.
+      scratch: Folder for files of this run.
+      update: Called with the summary of the part whenever it has changed.
 
     Returns:
-      What the report says of the part.
+      The summary of the part, with its entries.
     """
     began = time.monotonic()
     end = min(until, began + part.limit_s)
     entries = {name: {"state": "not reached"} for name in part.entries}
-    said = {"state": "not reached", "took_s": 0.0, "entries": entries}
+    summary = {"state": "not reached", "took_s": 0.0, "entries": entries}
 
-    def noted() -> None:
-        said["state"] = state_of(entries.values())
-        said["took_s"] = round(time.monotonic() - began, 1)
-        tell(said)
+    def record() -> None:
+        summary["state"] = state_of(entries.values())
+        summary["took_s"] = round(time.monotonic() - began, 1)
+        update(summary)
 
     try:
         while end - time.monotonic() >= LEAST_S:
             left = [name for name in entries if entries[name]["state"] not in ENDED]
             if not left:
                 break
-            _run_once(part, left, end, scratch, entries, noted)
+            _run_once(part, left, end, scratch, entries, record)
     finally:
-        noted()
-    return said
+        record()
+    return summary
 
 
 def _run_once(
@@ -308,20 +312,20 @@ def _run_once(
     end: float,
     scratch: pathlib.Path,
     entries: dict[str, dict[str, Any]],
-    noted: Callable[[], None],
+    record: Callable[[], None],
 ) -> None:
-    """Runs a part's program once, and notes what became of the entries that it was given."""
+    """Runs a process of a part on the entries `left` and records how they ended."""
     child, last, problem = Child(part, left, scratch), time.monotonic(), None
     try:
         while problem is None:
-            status = child.process.poll()  # before its results, of which none is missed so
-            lines = child.heard()
+            status = child.process.poll()  # before reading: all results are there when it has ended
+            lines = child.new_results()
             for line in lines:
                 entries[line.pop("entry")] = line
             now = time.monotonic()
             last = now if lines else last
             if lines:
-                noted()
+                record()
             if status is not None:
                 problem = ("failed", f"it ended with status {status}")
             elif now > end:
@@ -343,18 +347,18 @@ def _run_once(
 def _close(
     left: Sequence[str], entries: dict[str, dict[str, Any]], problem: tuple[str, str], text: str
 ) -> None:
-    """Gives what went wrong to the entry that was being measured, or where none had been begun to
-    all: the program does not start.
+    """Blames the entry that was being measured for a failure, or all of them where none was begun:
+    then the program does not start.
     """
     state, why = problem
     begun = [name for name in left if entries[name]["state"] == "begun"]
     started = begun or any(entries[name]["state"] in ENDED for name in left)
     for name in begun if started else left:
-        entries[name].update(state=state, why=why, written=text)
+        entries[name].update(state=state, why=why, output=text)
 
 
 def state_of(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The state of a part, from those of its entries."""
+    """The state of a part, from the states of its entries."""
     found = {entry["state"] for entry in entries}
     return next((state for state in STATES if state in found), "begun")
 
@@ -363,10 +367,10 @@ def check(report: Report, only: Sequence[str], tiny: bool | None, budget_s: floa
     """Runs all parts.
 
     Args:
-      report: Where results go.
-      only: First words of the names of parts that are run, beside the device's; none is all.
-      tiny: Whether the tiny model stands in for the presets; None is where there is no GPU.
-      budget_s: Of the whole run.
+      report: Receives the results.
+      only: First words of the parts to run; empty runs all. The device's facts are always read.
+      tiny: Whether the tiny model replaces the presets; None: where there is no GPU.
+      budget_s: Time limit of the whole run, in seconds.
     """
     until = time.monotonic() + budget_s
     with folder() as scratch:
@@ -376,37 +380,39 @@ def check(report: Report, only: Sequence[str], tiny: bool | None, budget_s: floa
             tiny = on_cpu
         if tiny:
             why = "there is no GPU" if on_cpu else "--model tiny"
-            reason = f"{why}: the tiny model stands in"
-            report.said["left_out"] = dict.fromkeys(PRESETS.values(), reason)
+            reason = f"{why}: replaced by the tiny model"
+            report.content["left_out"] = dict.fromkeys(PRESETS.values(), reason)
+        if on_cpu:
+            reason = "programs for the CPU are compiled with few optimisations: times mean nothing"
+            report.content["left_out"]["optimisations"] = reason
         for part in parts(report.facts, tiny, scratch):
             unfit = "--only" if only and part.name.split()[0] not in only else part.unfit
             if unfit:
-                said = {"state": "skipped", "why": unfit, "took_s": 0.0, "entries": {}}
-                report.said["parts"][part.name] = said
+                summary = {"state": "skipped", "why": unfit, "took_s": 0.0, "entries": {}}
+                report.content["parts"][part.name] = summary
             else:
                 one_part(report, part, until, scratch)
-    report.said["complete"] = True
+    report.content["complete"] = True
     report.write()
 
 
 def one_part(report: Report, part: Part, until: float, scratch: pathlib.Path) -> None:
-    """Runs a part; the report is on disk after each of its results."""
-    held = part is DEVICE  # before the device is known the report has no name
+    """Runs a part and updates the report on disk after each result."""
 
-    def tell(said: dict[str, Any]) -> None:
-        report.said["parts"][part.name] = said
+    def update(summary: dict[str, Any]) -> None:
+        report.content["parts"][part.name] = summary
         if part.name.startswith("memory"):
-            beside_measured(report.said["parts"], said["entries"])
-        if not held:
+            beside_measured(report.content["parts"], summary["entries"])
+        if part is not DEVICE:  # until the device is known, the report has no name
             report.write()
 
-    said = run_part(part, until, scratch, tell)
+    summary = run_part(part, until, scratch, update)
     report.write()
-    sys.stderr.write(f"{part.name}: {said['state']}, {said['took_s']:.0f} s\n")
+    sys.stderr.write(f"{part.name}: {summary['state']}, {summary['took_s']:.0f} s\n")
 
 
 def beside_measured(found: Mapping[str, Any], entries: Mapping[str, dict[str, Any]]) -> None:
-    """Adds to plans what a run has taken, and how much of what the plan says that is."""
+    """Adds the measured peak to plans, and its ratio to the planned one."""
     for name, entry in entries.items():
         bench = found.get(f"bench {name.split(',')[0]}", {})
         peak = bench.get("entries", {}).get("best", {}).get("report", {}).get("peak_memory_bytes")
@@ -415,17 +421,24 @@ def beside_measured(found: Mapping[str, Any], entries: Mapping[str, dict[str, An
 
 
 def main() -> int:
-    """Reads flags and runs all parts. The exit code is 1 where a part has failed, 130 where the run
-    was interrupted.
+    """Reads flags and runs all parts.
+
+    Returns:
+      The exit code: 1 where a part failed or timed out, 130 where the run was interrupted.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=480.0, help="for the whole run")
-    parser.add_argument("--json", type=pathlib.Path, help="the report's file")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time limit of the whole run")
+    parser.add_argument("--json", type=pathlib.Path, help="file of the report")
     parser.add_argument(
-        "--only", default="", help="first words of parts, such as attention,bench; else all"
+        "--only",
+        default="",
+        help="first words of the parts to run, such as attention,bench; default: all",
     )
     parser.add_argument(
-        "--model", choices=["auto", "tiny"], default="auto", help="auto: both presets on a GPU"
+        "--model",
+        choices=["auto", "tiny"],
+        default="auto",
+        help="auto: both presets where there is a GPU",
     )
     flags = parser.parse_args()
     words = {part.name.split()[0] for part in parts({}, False, pathlib.Path())}
@@ -443,7 +456,7 @@ def main() -> int:
         return 130
     finally:
         sys.stderr.write(f"{report.path}\n")
-    states = [part["state"] for part in report.said["parts"].values()]
+    states = [part["state"] for part in report.content["parts"].values()]
     return int(any(state in ("failed", "timed out") for state in states))
 
 

@@ -1,7 +1,7 @@
-"""What a part tells the process that started it: a line of JSON for each of its entries.
+"""How a part reports to the process that started it: JSON lines, one when an entry begins and one
+when it ends.
 
-Lines are in the file as soon as an entry has ended, so that what stops the part later takes nothing
-away from those before.
+A line is in the file as soon as it is written, so that results stay when the part dies later.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import jax
 
 
 class Skipped(Exception):
-    """An entry that has no meaning here, and the reason."""
+    """An entry that cannot be measured here; the message is the reason."""
 
 
 class Wrong(Exception):
-    """An entry that ran to its end with a result that must not be.
+    """An entry that ran to its end with a wrong result.
 
     Args:
       why: One sentence.
-      facts: What was measured all the same.
+      facts: What was measured.
     """
 
     def __init__(self, why: str, facts: dict[str, Any]):
@@ -39,39 +39,39 @@ def each(
 ) -> None:
     """Measures one entry after the other.
 
-    An error is the entry's own, and the next one follows, unless the device is lost with it: then
-    the process ends, and who started it goes on with another.
+    After an error the next entry follows, unless the device no longer works: then the process
+    exits, and the process that started it continues with a new one.
 
     Args:
-      results: The file to which lines are added.
-      entries: What to measure.
-      measure: Of an entry, what is to be reported of it.
+      results: The file to which lines are appended.
+      entries: Names of what to measure.
+      measure: A function of such a name that returns the facts to report.
     """
     with results.open("a", encoding="utf-8") as file:
         for entry in entries:
-            _say(file, entry, state="begun")
+            _write(file, entry, state="begun")
             try:
                 facts = measure(entry)
             except Skipped as reason:
-                _say(file, entry, state="skipped", why=str(reason))
+                _write(file, entry, state="skipped", why=str(reason))
             except Wrong as error:
-                _say(file, entry, state="failed", why=str(error), **error.facts)
-            except Exception as error:  # noqa: BLE001  # of one entry: a line, not the end
+                _write(file, entry, state="failed", why=str(error), **error.facts)
+            except Exception as error:  # noqa: BLE001  # reported for this entry; others follow
                 sys.stderr.write(traceback.format_exc())
                 why = f"{type(error).__name__}: {error}"
-                _say(file, entry, state="failed", why="\n".join(why.splitlines()[:4]))
+                _write(file, entry, state="failed", why="\n".join(why.splitlines()[:4]))
                 _check_device()
             else:
-                _say(file, entry, state="ok", **facts)
+                _write(file, entry, state="ok", **facts)
 
 
-def _say(file: Any, entry: str, **facts: Any) -> None:
+def _write(file: Any, entry: str, **facts: Any) -> None:
     file.write(json.dumps(_finite({"entry": entry, **facts}), allow_nan=False) + "\n")
     file.flush()
 
 
 def _finite(value: Any) -> Any:
-    """The same with the names of floats for which JSON has no number."""
+    """Replaces floats that JSON cannot hold (NaN, infinities) by their names."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -82,8 +82,8 @@ def _finite(value: Any) -> Any:
 
 
 def _check_device() -> None:
-    """Ends the process where nothing runs any more: after an error in a kernel, nothing does."""
+    """Exits where the device no longer works, as after an illegal access in a kernel."""
     try:
         jax.block_until_ready(jax.numpy.zeros(8) + 1)
-    except Exception as error:  # noqa: BLE001  # whatever it is, the device is lost
+    except Exception as error:  # noqa: BLE001  # any error means that
         sys.exit(f"the device is lost: {error}")

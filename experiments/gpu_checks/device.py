@@ -1,4 +1,4 @@
-"""Facts of the device and of what is installed; the best of a product and of a copy.
+"""Facts of the device and of installed packages; the speed of a large matmul and a large copy.
 
 python -m gpu_checks.device RESULTS ENTRY…, an entry being "facts" or "peaks".
 """
@@ -52,21 +52,21 @@ def facts() -> dict[str, Any]:
 
 
 def peaks() -> dict[str, Any]:
-    """What kernels are held against: a large product and a large copy."""
+    """FLOP/s of a large matmul and bytes/s of a large copy, to compare kernels with."""
     effort = bench_kernels.GPU
-    if jax.default_backend() == "cpu":  # which only stands in
+    if jax.default_backend() == "cpu":  # a stand-in: small sizes will do
         effort = dataclasses.replace(bench_kernels.CPU, side=512, copied=1 << 24)
     return dataclasses.asdict(bench_kernels.measured_peaks(effort))
 
 
 def _packages() -> dict[str, str]:
-    """Versions of what can change a number, by name, CUDA's libraries among them."""
+    """Versions of packages that can change a result, CUDA libraries included."""
     found = {x.metadata["Name"] or "": x.version for x in importlib.metadata.distributions()}
     return {name: found[name] for name in sorted(found) if name.lower().startswith(PACKAGES)}
 
 
 def _cudnn() -> int | None:
-    """The number of the cuDNN that is loaded, such as 91300."""
+    """The version of the loaded cuDNN as one number, such as 91300."""
     if jax.default_backend() != "gpu":
         return None
     try:
@@ -78,28 +78,28 @@ def _cudnn() -> int | None:
 
 
 def _nvidia_smi() -> list[dict[str, str]]:
-    """What the driver says of every GPU; empty where there is none."""
+    """The driver's facts of every GPU; empty where there is none."""
     tool = shutil.which("nvidia-smi")
     command = [tool or "", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
-    lines = (_said(command) or "").splitlines() if tool else []
+    lines = (_output(command) or "").splitlines() if tool else []
     return [dict(zip(QUERY, line.split(", "), strict=False)) for line in lines]
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the checkout; None where there is no git, or no history."""
+    """Output of a git command in the checkout; None without git or its history."""
     tool = shutil.which("git")
-    said = _said([tool, "-C", str(ROOT), *arguments]) if tool else None
-    return None if said is None else said.strip()
+    text = _output([tool, "-C", str(ROOT), *arguments]) if tool else None
+    return None if text is None else text.strip()
 
 
 def _changed() -> int | None:
-    """How many files differ from the commit."""
-    said = _git("status", "--porcelain", "--untracked-files=no")
-    return None if said is None else len(said.splitlines())
+    """The number of tracked files that differ from the commit."""
+    text = _git("status", "--porcelain", "--untracked-files=no")
+    return None if text is None else len(text.splitlines())
 
 
-def _said(command: list[str]) -> str | None:
-    """Its output; None where it fails."""
+def _output(command: list[str]) -> str | None:
+    """Standard output of a command; None where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -108,7 +108,7 @@ def _said(command: list[str]) -> str | None:
 
 
 def _digest() -> str:
-    """Of the sources of our kernels."""
+    """A digest of the sources of our kernels."""
     found = hashlib.sha256()
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

@@ -19,25 +19,26 @@ SECONDS = 10.0  # of the video; memory does not grow with it
 
 
 def measure(device: str, entry: str) -> dict[str, Any]:
+    """Plans the memory of a preset."""
     preset, source = entry.split(", ")
     if source == "compiled" and not footprint.toolchain():
         raise child.Skipped("the compiler for GPUs is not installed")
-    made = plan.make(plan.Ask(preset, SECONDS, _gpu(device), source=source).check())
-    text = made.memory.weights.text
+    planned = plan.make(plan.Ask(preset, SECONDS, _gpu(device), source=source).check())
+    text = planned.memory.weights.text
     return {
-        # With random weights no text encoder is there.
-        "expected_bytes": made.memory.peak(switch=False) - text,
-        "expected_bytes_with_switch": made.memory.peak(switch=True) - text,
-        "plan": json.loads(made.to_json()),
+        # A model with random weights has no text encoder.
+        "expected_bytes": planned.memory.peak(switch=False) - text,
+        "expected_bytes_with_switch": planned.memory.peak(switch=True) - text,
+        "plan": json.loads(planned.to_json()),
     }
 
 
 def _gpu(device: str) -> str:
-    """The plan's name of the GPU; where it has none its default, whose size the formula ignores."""
-    found = device.lower().replace(" ", "")
-    return next((name for name in gpus.GPUS if name in found), plan.Ask("tiny", 1.0).gpu)
+    """The name of the GPU in `plan`; its default where it knows none (the formula ignores it)."""
+    compact = device.lower().replace(" ", "")
+    return next((name for name in gpus.GPUS if name in compact), plan.Ask("tiny", 1.0).gpu)
 
 
 if __name__ == "__main__":
-    wanted = functools.partial(measure, sys.argv[2])
-    child.each(pathlib.Path(sys.argv[1]), sys.argv[3:], wanted)
+    on_device = functools.partial(measure, sys.argv[2])
+    child.each(pathlib.Path(sys.argv[1]), sys.argv[3:], on_device)

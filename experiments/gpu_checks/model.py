@@ -1,7 +1,7 @@
 """`longlive bench` of a preset with random weights.
 
 python -m gpu_checks.model RESULTS PRESET CHUNKS ENTRY…, an entry being "ATTENTION" or "ATTENTION,
-switch": what attends the memory ("best" is the default), and whether the prompt changes half-way.
+switch": the backend of attention ("best" is the default), and whether the prompt changes half-way.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RawWriter:
 
 
 class Bench:
-    """Measures one model, which is made with the first entry."""
+    """Benchmarks one model; its weights are drawn before the first measurement."""
 
     def __init__(self, preset: str, chunks: int):
         self.preset = preset
@@ -66,7 +66,7 @@ class Bench:
             raise child.Skipped(str(error)) from error
         model = self.model if attention == "best" else self.model.streaming(attention=attention)
         encoded = importlib.util.find_spec("av") is not None
-        found = bench.run(
+        result = bench.run(
             model,
             seconds=seconds,
             repeat=1,
@@ -76,9 +76,9 @@ class Bench:
             writer=None if encoded else RawWriter,
         )
         video = "H.264" if encoded else "raw frames: PyAV is missing"
-        return {"video": video, "report": json.loads(found.to_json())}
+        return {"video": video, "report": json.loads(result.to_json())}
 
 
 if __name__ == "__main__":
-    made = Bench(sys.argv[2], int(sys.argv[3]))
-    child.each(pathlib.Path(sys.argv[1]), sys.argv[4:], made.measure)
+    of_preset = Bench(sys.argv[2], int(sys.argv[3])).measure
+    child.each(pathlib.Path(sys.argv[1]), sys.argv[4:], of_preset)

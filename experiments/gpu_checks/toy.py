@@ -1,7 +1,7 @@
-"""Frames of the model that ships, in float32, held against those of another device.
+"""Frames of the shipped tiny model, in float32, compared with those of another device.
 
-python -m gpu_checks.toy RESULTS FILE OTHER ENTRY…: "frames" makes them, with a change of prompt
-half-way, and keeps them in FILE; "difference" holds them against those in OTHER.
+python -m gpu_checks.toy RESULTS FILE OTHER ENTRY…: "frames" generates them, with a switch
+half-way, and stores them in FILE; "difference" compares them with those in OTHER.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPTS = (
     "a blue square bounces over a grey background",
 )
 CHUNKS = 2  # of each prompt
-FAR = 1.0  # levels of 255, on average over a chunk: more are other pictures
+TOLERANCE = 1.0  # levels of 255, on average over a chunk: beyond it pictures differ
 
 
 def measure(file: pathlib.Path, other: pathlib.Path, entry: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def frames(file: pathlib.Path) -> dict[str, Any]:
 
 
 def difference(file: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
-    """Levels of 255, by chunk."""
+    """Differences in levels of 255, by chunk."""
     for path in (file, other):
         if not path.exists():
             raise child.Skipped(f"there are no frames in {path.name}")
@@ -55,13 +55,13 @@ def difference(file: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
     facts = {
         "largest": [int(x.max()) for x in off],
         "mean": [float(x.mean()) for x in off],
-        "tolerance_of_mean": FAR,
+        "tolerance_of_mean": TOLERANCE,
     }
-    if max(facts["mean"]) > FAR:
-        raise child.Wrong("the pictures are not the same", facts)
+    if max(facts["mean"]) > TOLERANCE:
+        raise child.Wrong("the frames differ", facts)
     return facts
 
 
 if __name__ == "__main__":
-    wanted = functools.partial(measure, *map(pathlib.Path, sys.argv[2:4]))
-    child.each(pathlib.Path(sys.argv[1]), sys.argv[4:], wanted)
+    with_files = functools.partial(measure, *map(pathlib.Path, sys.argv[2:4]))
+    child.each(pathlib.Path(sys.argv[1]), sys.argv[4:], with_files)
