@@ -150,12 +150,12 @@ def needed(ask: plan.Ask, suite: str, switches: bool) -> int:
 
         held = training.resident(training.Ask(ask.preset, ask.seconds), 0)
         return plain * wide + held.peak + held.weights
-    decoding = footprint.by_formula(cfg, ("decode",))
+    decoding = footprint.by_formula(cfg, None, ("decode",))
     if suite == "vae":  # in one of its types; what is too large for the other, the suite says
         memory = plan.resident(ask, decoding)
         return wide * memory.weights.vae + memory.vae_carry + decoding["decode"]
     names = ("denoise", "switch") if switches else ("denoise",)
-    memory = plan.resident(ask, decoding | footprint.by_formula(cfg, names))
+    memory = plan.resident(ask, decoding | footprint.by_formula(cfg, None, names))
     peak = memory.peak(switch=switches) - memory.weights.text
     quantising = plain + memory.weights.dit if cfg.precision else 0
     return wide * max(peak, quantising)

@@ -7,6 +7,7 @@ is counted in bfloat16, the type in which a model is loaded on an accelerator.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -25,13 +26,14 @@ from longlive_jax import rollout, sampler
 from longlive_jax.config import ModelConfig
 from longlive_jax.dit import cache as slots
 from longlive_jax.dit.model import DiT
-from longlive_jax.gpus import GPU
+from longlive_jax.gpus import ARCHITECTURES, GPU
 from longlive_jax.quant import transformer
 from longlive_jax.text.umt5 import UMT5, encode
 from longlive_jax.vae.build import build
 from longlive_jax.vae.vae import VAECarry, init_carry
 
-CONTRACTIONS = ("dot_general", "conv_general_dilated")
+# Matmuls, convolutions, and cuDNN's attention as JAX traces it.
+CONTRACTIONS = ("dot_general", "conv_general_dilated", "dot_product_attention_fwd_wrapper")
 IN_PLACE = ("scatter", "dynamic_update_slice")
 PROGRAMS = ("text", "denoise", "decode", "switch")
 PLUGIN = "jax_plugins.xla_cuda13"
@@ -179,59 +181,135 @@ def programs(cfg: ModelConfig, sharding: Any = None) -> dict[str, tuple[Any, tup
     return {name: (run, placed(given, sharding)) for name, (run, given) in found.items()}
 
 
-def by_formula(cfg: ModelConfig, names: tuple[str, ...] = PROGRAMS) -> dict[str, int]:
-    """Bytes of activations of the programs `names`: the largest, over its matrix products and
-    convolutions in program order, of
+def by_formula(
+    cfg: ModelConfig, gpu: GPU | None, names: tuple[str, ...] = PROGRAMS
+) -> dict[str, int]:
+    """Estimates the activations of programs on a GPU without a compiler for it.
+
+    The estimate is the largest, over the contractions of a program (matmuls, convolutions, cuDNN's
+    attention) in its order, of
 
         result of the one before + operands + result + what loops around it carry,
 
-    where an operand that is pieces side by side keeps a piece beside it. XLA fuses what lies
-    between two of them, so these are what it must write down. In the transformer that is: what
-    goes around a block, and its widest layer; in a VAE: what goes around a residual block,
-    the frames that are remembered, their time taps side by side, what the convolution makes of
-    them.
+    where the one before is left out if an operand is that result, changed element by element and
+    of no further use, and an operand that is pieces side by side keeps a piece beside it. XLA fuses
+    what lies between two contractions, so these are what it must write down. In the transformer
+    that is: what goes around a block, and its widest layer or its attention; in a VAE: what goes
+    around a residual block, the frames that are remembered, their time taps side by side, what the
+    convolution makes of them.
+
+    Args:
+      cfg: Of the model.
+      gpu: For which the programs choose their kernels; None: the default device.
+      names: Of the programs.
+
+    Returns:
+      Bytes by program.
     """
-    found = programs(cfg)
-    traced = {name: found[name][0].trace(*found[name][1]) for name in names}
+    with contextlib.nullcontext() if gpu is None else absent_gpu.target(_kind(gpu)):
+        found = programs(cfg)
+        traced = {name: found[name][0].trace(*found[name][1]) for name in names}
     return {name: _largest(program.jaxpr.jaxpr) for name, program in traced.items()}
 
 
+def _kind(gpu: GPU) -> absent_gpu.Kind:
+    architecture = ARCHITECTURES[gpu.architecture]
+    return absent_gpu.Kind(f"{architecture.major}.{architecture.minor}")
+
+
 def _largest(jaxpr: Any) -> int:
-    before = largest = 0
-    for operands, result in _contractions(jaxpr, set(jaxpr.invars)):
-        largest = max(largest, before + operands + result)
-        before = result
+    before, largest = Contraction(0, 0), 0
+    for found in _contractions(jaxpr, set(jaxpr.invars)):
+        kept = 0 if found.continues else before.result
+        largest = max(largest, kept + found.operands + found.result)
+        before = found
     return largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """Bytes of what a contraction reads and writes.
+
+    Attributes:
+      operands: That it reads, with what loops around it carry.
+      result: That it writes.
+      continues: Whether an operand is the result of the contraction before, changed element by
+        element, and nothing later needs that result.
+    """
+
+    operands: int
+    result: int
+    continues: bool = False
 
 
 def _size(variable: Any) -> int:
     return nbytes([variable.aval])
 
 
-def _contractions(jaxpr: Any, arguments: set) -> Iterator[tuple[int, int]]:
-    """Bytes of operands and result of each contraction, those of inner programs in their place;
-    in a loop, what it carries from turn to turn counts as operands, unless it is an argument of the
-    whole, which is updated in place. arguments: the variables that are.
+def _contractions(jaxpr: Any, arguments: set, changed: set | None = None) -> Iterator[Contraction]:
+    """The contractions of a program, those of inner programs in their place.
+
+    In a loop, what it carries from turn to turn counts as operands, unless it is an argument of the
+    whole, which is updated in place.
+
+    Args:
+      jaxpr: The program.
+      arguments: The variables that are arguments of the whole.
+      changed: Filled with the variables that are the last contraction's result, changed element by
+        element.
     """
     pieces = {}  # the largest part of what was put together, by variable
-    for equation in jaxpr.eqns:
+    changed = set() if changed is None else changed
+    used = _last_uses(jaxpr)
+    for number, equation in enumerate(jaxpr.eqns):
         kind, given, made = equation.primitive.name, equation.invars, equation.outvars
+        inner = list(_inner(tuple(equation.params.values())))
         if kind == "concatenate":
             pieces[made[0]] = max(map(_size, given))
         elif kind == "reshape" and isinstance(given[0], Var):
             pieces[made[0]] = pieces.get(given[0], 0)
-        elif kind in CONTRACTIONS:
+        if kind in CONTRACTIONS:
             kept = (pieces.get(operand, 0) for operand in given if isinstance(operand, Var))
-            yield sum(map(_size, given)) + sum(kept), sum(map(_size, made))
+            operands = sum(map(_size, given)) + sum(kept)
+            continues = any(_is_in(operand, changed) for operand in given)
+            continues = continues and all(used.get(x, 0) <= number for x in changed)
+            yield Contraction(operands, sum(map(_size, made)), continues)
+            changed.clear()
+            changed.update(made)
         elif kind in IN_PLACE and _is_in(given[0], arguments):
             arguments.add(made[0])
+        elif inner:
+            for program in inner:
+                yield from _within(equation, program, arguments, changed)
         else:
-            for inner in _inner(tuple(equation.params.values())):
-                known, carried = _entered(equation, inner, arguments)
-                for operands, result in _contractions(inner, known):
-                    yield operands + carried, result
-                pairs = zip(inner.outvars, made, strict=False)
-                arguments |= {outer for own, outer in pairs if _is_in(own, known)}
+            numbers = {math.prod(x.aval.shape) for x in given if _is_in(x, changed)}
+            changed.update(x for x in made if math.prod(x.aval.shape) in numbers)
+
+
+def _last_uses(jaxpr: Any) -> dict[Var, float]:
+    """The number of the last equation that reads each variable; infinity for results."""
+    found: dict[Var, float] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        found |= {x: number for x in equation.invars if isinstance(x, Var)}
+    return found | {x: math.inf for x in jaxpr.outvars if isinstance(x, Var)}
+
+
+def _within(equation: Any, inner: Any, arguments: set, changed: set) -> Iterator[Contraction]:
+    """The contractions of one inner program of an equation; see `_contractions`."""
+    known, carried = _entered(equation, inner, arguments)
+    given = equation.invars[len(equation.invars) - len(inner.invars) :]
+    pairs = zip(given, inner.invars, strict=False)
+    own_changed = {own for outer, own in pairs if _is_in(outer, changed)}
+    found = False
+    for contraction in _contractions(inner, known, own_changed):
+        found = True
+        operands = contraction.operands + carried
+        yield dataclasses.replace(contraction, operands=operands)
+    if found:
+        changed.clear()
+    results = list(zip(inner.outvars, equation.outvars, strict=False))
+    arguments |= {outer for own, outer in results if _is_in(own, known)}
+    changed |= {outer for own, outer in results if _is_in(own, own_changed)}
 
 
 def _is_in(variable: Any, arguments: set) -> bool:
@@ -317,10 +395,10 @@ def measure(cfg: ModelConfig, gpu: GPU, source: str = "auto") -> Footprint:
     source: "compiled" or "formula"; "auto" prefers the former.
     """
     if source == "formula":
-        return Footprint(by_formula(cfg), "formula", "the formula was asked for")
+        return Footprint(by_formula(cfg, gpu), "formula", "the formula was asked for")
     if not toolchain():
         missing = "the compiler for GPUs is not installed (pip install 'longlive-jax[aot]')"
         if source == "compiled":
             raise ModuleNotFoundError(missing)
-        return Footprint(by_formula(cfg), "formula", missing)
+        return Footprint(by_formula(cfg, gpu), "formula", missing)
     return Footprint(compiled(cfg, gpu), "compiled", "")
