@@ -311,10 +311,13 @@ def test_it_says_what_it_lacks(shape, dtype, sm, reason):
 
 
 @pytest.mark.parametrize("sm", [None, 90, 100])
-def test_it_is_never_the_default(monkeypatch, sm):
+def test_it_is_opt_in(monkeypatch, sm):
+    """By default cuDNN attends on NVIDIA GPUs where all keys are seen, and XLA all else."""
     monkeypatch.setattr(arch, "default", lambda: sm)
     x, table = jnp.zeros((1, 16, 1, 128), jnp.bfloat16), Table.of(np.ones((2, 2), bool))
-    assert api._backend(None, x, x, x, table) is api.BACKENDS["xla"]
+    default = api.BACKENDS["xla" if sm is None else "cudnn"]
+    assert api._backend(None, x, x, x, table) is default
+    assert api._backend(None, x, x, x, Table.of(np.tri(2, dtype=bool))) is api.BACKENDS["xla"]
     if sm is None:
         with pytest.raises(NotImplementedError, match="mosaic needs an NVIDIA GPU"):
             chunk_table(x, x, x, table, implementation="mosaic")

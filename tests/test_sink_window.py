@@ -682,7 +682,9 @@ def test_mosaic_says_what_it_lacks():
 
 
 @pytest.mark.parametrize("sm", [None, 90, 100])
-def test_what_has_not_run_on_a_device_is_never_the_default(monkeypatch, sm):
+def test_on_nvidia_gpus_cudnn_is_the_default_where_it_takes_a_call(monkeypatch, sm):
     monkeypatch.setattr(arch, "default", lambda: sm)
     call = made(SIMULATED["rows_differ"], "bfloat16", "bfloat16")
+    assert api._backend(None, call) is (xla if sm is None else api.BACKENDS["cudnn"])
+    call = dataclasses.replace(call, q=call.q.astype(jnp.float32))
     assert api._backend(None, call) is xla
