@@ -95,8 +95,8 @@ class Batch:
     is advanced by `next_chunks`; `switch`, `cut`, `fork`, `save` and `rewind` are its own as ever.
     `len(batch)`, `session in batch` and `for session in batch` tell who is in it.
 
-    A batch may be used from any thread, and so may its sessions. Changes wait for nothing that is
-    made, and take effect at the next chunk that is begun.
+    A batch may be used from any thread, and so may its sessions. No change waits for a chunk that
+    is being made; it takes effect with the next one that is begun.
 
     Args:
       model: Whose sessions they are.

@@ -261,8 +261,10 @@ def test_sessions_that_change_batches_do_not_block_each_other(tiny):
 # Anything.
 
 
-def play(model, folder, seed, *, threads, together):
-    """A random history, compared with the same one in one thread; what was done, how often."""
+def play(model, folder, seed, *, threads, together, length):
+    """A random history of `length` operations, compared with the same one in one thread; what was
+    done, how often.
+    """
     recorder = Recorder(pytest.MonkeyPatch())
     twins = {}
     try:
@@ -281,17 +283,18 @@ def play(model, folder, seed, *, threads, together):
             batches[-1].add(sessions[len(batches)])
         history = History(recorder, folder, sessions, batches)
         with switching_often() if seed % 2 else contextlib.nullcontext():
-            history.run(seed, threads, length=36 // threads)
+            history.run(seed, threads, length // threads)
     finally:
         recorder.patch.undo()
     Replay(twins).run(recorder.effects)
     return history.done
 
 
-def play_many(model, folder, seeds):
+def play_many(model, folder, seeds, length):
+    """Half of them on batches, half of them with three threads; all together what was done."""
     done = collections.Counter()
     for seed in seeds:
-        choices = dict(threads=2 + seed % 2, together=seed // 2 % 2 == 1)
+        choices = dict(threads=2 + seed % 2, together=seed // 2 % 2 == 1, length=length)
         try:
             done.update(play(model, folder / str(seed), seed, **choices))
         except BaseException as error:
@@ -301,12 +304,12 @@ def play_many(model, folder, seeds):
 
 
 def test_some_histories(tiny, tmp_path):
-    done = play_many(tiny, tmp_path, range(16))
+    done = play_many(tiny, tmp_path, range(20), 18)
     assert {name.split(":")[0] for name in done} >= {"next", "stream", "switch", "chunks", "rewind"}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_histories(tiny, tmp_path, part):
-    done = play_many(tiny, tmp_path, range(1000 + 50 * part, 1050 + 50 * part))
+    done = play_many(tiny, tmp_path, range(1000 + 50 * part, 1050 + 50 * part), 36)
     assert sum(done.values()) == 50 * 36
