@@ -164,7 +164,7 @@ class Report:
         self._path = path
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
-            "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "budget_s": budget_s,
             "took_s": 0.0,
             "complete": False,
@@ -175,7 +175,7 @@ class Report:
     @property
     def path(self) -> pathlib.Path:
         if self._path is None:
-            self._path = free_name(self.facts.get("kind", "unknown"), self.content["begun"][:10])
+            self._path = free_name(self.facts.get("kind", "unknown"), self.content["started"][:10])
         return self._path
 
     @property
