@@ -235,6 +235,7 @@ def test_gradients_go_through_rounded_queries():
 @functools.partial(jax.jit, static_argnames="ways")
 def gradients(call: Call, ways: tuple[Callable[[Call], jax.Array], ...]) -> list[list[jax.Array]]:
     """Of what is real of a call, by the reference and `ways`, for a loss that weighs outputs."""
+    call = call.by_frame()
     real, rest = ({n: getattr(call, n) for n in names} for names in (("q", "k", "v"), REST))
     fresh = call.fresh and (call.fresh.k, call.fresh.v)
     if call.fresh is not None:
