@@ -286,12 +286,12 @@ def _contractions(jaxpr: Any, arguments: set, changed: set | None = None) -> Ite
             changed.update(x for x in made if math.prod(x.aval.shape) in numbers)
 
 
-def _last_uses(jaxpr: Any) -> dict[Var, float]:
-    """The number of the last equation that reads each variable; infinity for results."""
-    found: dict[Var, float] = {}
+def _last_uses(jaxpr: Any) -> dict[Var, int]:
+    """The number of the last equation that reads each variable; one past the last for results."""
+    found: dict[Var, int] = {}
     for number, equation in enumerate(jaxpr.eqns):
         found |= {x: number for x in equation.invars if isinstance(x, Var)}
-    return found | {x: math.inf for x in jaxpr.outvars if isinstance(x, Var)}
+    return found | {x: len(jaxpr.eqns) for x in jaxpr.outvars if isinstance(x, Var)}
 
 
 def _within(equation: Any, inner: Any, arguments: set, changed: set) -> Iterator[Contraction]:

@@ -51,7 +51,8 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
         make = {1: lambda x: x, 2: Scaled, 3: lambda *x: NVFP4(*x, "mse")}[len(k)]
         keys = Scaled(*k, multiplied=True) if scores else make(*k)
         fresh = Fresh(*fresh) if kind in (*EIGHT, "nvfp4") else None
-        return run(Call(q, keys, make(*v), visible, layer, read if shape.relative else None, fresh))
+        turns = read if shape.relative else None
+        return run(Call(q, keys, make(*v), visible, layer, turns, fresh, shape.order))
 
     def gradient(q, *rest):
         return jax.vjp(lambda q: attend(q, *rest), q)[1](q)
@@ -62,7 +63,7 @@ def main(gpu: str, backend: str, name: str, kind: str, sm: str = "") -> int:
         array(shape.queries),
         table(),
         table(),
-        array(shape.table.shape, bool),
+        array(shape.asked.shape, bool),
         array((), jnp.int32),
         (new, new, array((rows, len(shape.own)), jnp.int32)),
         array((rows, slots, shape.turned), jnp.float32),
