@@ -117,9 +117,8 @@ def copies(name: str) -> int:
     """
     shape = shapes.SHAPES[name]
     window, queries = math.prod(shape.keys[1:]), math.prod(shape.queries)
-    return 2 * (
-        2 * window + (2 * queries // shape.table.shape[1] if shape.order != "prefix" else 0)
-    )
+    of_frame = 0 if shape.order == "prefix" else 2 * queries // shape.table.shape[1]
+    return 2 * (2 * window + of_frame)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,8 @@ def test_tokamax_compiles(gpu, name, kind):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert spills == [("0", "0")]
     assert re.findall(r"Used (\d+) registers", text) == ["168"]
-    assert temporary(text) < 1.02 * copies(name)
+    # Of dequantised keys or values there is a second copy, into which the chunk's own are put.
+    assert temporary(text) < 1.02 * copies(name) * (1.5 if kind == "nvfp4" else 1)
 
 
 def test_the_gradient_of_tokamax_compiles_for_hopper():
