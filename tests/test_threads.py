@@ -235,6 +235,23 @@ def test_several_consumers_get_different_chunks_in_order(tiny, device):
     assert all(mine == sorted(mine) for mine in numbers)
 
 
+def test_who_waits_for_a_session_that_moves_finds_it_where_it_went(tiny):
+    """Into a batch and out of it again, each while another thread asks for a change."""
+    batch, session, twin = Batch(tiny, 3, steps=1), begun(tiny, 1), begun(tiny, 1)
+    moves = ((lambda: batch.add(session), BLUE), (lambda: batch.remove(session), GREEN))
+    for move, prompt in moves:
+        with session._held() as place:
+            with in_thread(lambda prompt=prompt: session.switch(prompt, "reset")) as got:
+                time.sleep(0.2)  # it waits for the lock of the place that the session leaves
+                move()
+                assert session._place is not place and not got
+                place.lock.release()
+            place.lock.acquire()
+        assert got[0] == twin.switch(prompt, "reset") and session.prompt == prompt
+    assert_same(session, twin)
+    np.testing.assert_array_equal(session.next_chunk(), twin.next_chunk())
+
+
 def test_sessions_that_change_batches_do_not_block_each_other(tiny):
     """Each way at the same time, while both batches go on."""
     batches = [Batch(tiny, 3, steps=1) for _ in range(2)]
