@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import parity
 import pytest
 import small_wan
-import torch
 import training
 import wan
 from longlive_kernels.nvfp4 import NVFP4, RULES
 from longlive_kernels.nvfp4.format import swizzle
 from longlive_kernels.nvfp4.quantize import dequantize, quantize
 from safetensors.numpy import save_file
-from safetensors.torch import load_file
 from test_dit import run as forward
 
 import longlive_jax
@@ -34,6 +33,9 @@ from longlive_jax.dit import mask
 from longlive_jax.errors import InputError
 from longlive_jax.model import SHIPPED
 from longlive_jax.vae import vae as vaes
+
+torch = parity.optional("torch")
+safetensors_torch = parity.optional("safetensors.torch")
 
 NAMES = json.loads(gzip.decompress((wan.GOLDEN / "names.json.gz").read_bytes()))
 FULL = {
@@ -331,7 +333,7 @@ def test_what_is_packed_is_unpacked_for_other_code(plain, packed, tmp_path):
     for source, to in ((packed, "one"), (tmp_path / "alone", "other")):
         run.convert([source], tmp_path / to, layout="pytorch")
     name = "diffusion_pytorch_model.safetensors"
-    one, other = (load_file(tmp_path / to / name) for to in ("one", "other"))
+    one, other = (safetensors_torch.load_file(tmp_path / to / name) for to in ("one", "other"))
     assert one.keys() == other.keys() == set(_official())
     assert all(torch.equal(one[key], other[key]) for key in one)
 

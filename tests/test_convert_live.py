@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import small_wan
 import wan
@@ -17,9 +18,7 @@ from longlive_jax.model import SHIPPED
 from longlive_jax.text.umt5 import encode
 from longlive_jax.vae import vae as vaes
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+torch, diffusers, transformers = parity.needed("torch", "diffusers", "transformers")
 
 VAES = {
     "2.1": dict(base_dim=4, z_dim=4, num_res_blocks=1),

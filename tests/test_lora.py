@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import streams
 import wan
@@ -207,7 +208,7 @@ def test_round_trip(tmp_path, naming, dtype):
 
 
 def torch_file(path, content):
-    torch = pytest.importorskip("torch")
+    torch = parity.needed("torch")
     wrap = lambda x: {k: torch.from_numpy(v) for k, v in x.items()}  # noqa: E731
     torch.save(
         wrap(content)
@@ -256,7 +257,7 @@ def test_other_spellings(name, alpha):
 
 
 def test_diffusers_names_are_those_of_its_own_converter():
-    pytest.importorskip("diffusers")
+    parity.needed("diffusers")
     from diffusers.loaders import lora_conversion_utils as theirs
 
     converted = theirs._convert_non_diffusers_wan_lora_to_diffusers(dict(spelled("ComfyUI")))
@@ -268,8 +269,8 @@ def test_diffusers_names_are_those_of_its_own_converter():
 
 def tiny_wan():
     """A random transformer of diffusers, and ours with its weights."""
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
+    torch, diffusers = parity.needed("torch", "diffusers")
+    parity.needed("peft")
     torch.manual_seed(0)
     theirs = diffusers.WanTransformer3DModel(
         num_attention_heads=2,
@@ -321,7 +322,7 @@ def test_diffusers_loads_what_we_save_and_we_what_it_saves(tmp_path):
 
 def test_peft_loads_what_we_save_and_we_what_it_saves(tmp_path):
     """`set_peft_model_state_dict`, as LongLive does, and `PeftModel.from_pretrained`."""
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    torch, peft = parity.needed("torch", "peft")
 
     def wan_like():
         block = lambda: torch.nn.ModuleDict(  # noqa: E731

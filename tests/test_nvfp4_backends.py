@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import mosaic_on_cpu
 import numpy as np
+import parity
 import pytest
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -423,6 +424,7 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch):
     pytest.importorskip("triton", reason="needs the [aot] extra")
+    parity.needed("torch")  # which holds what Triton's interpreter reads and writes
     made = Calls()
     monkeypatch.setitem(sys.modules, "jax_triton", made)
     for module, kernel in (("quantize.fused", "quantized"), ("matmul.dot_scaled", "product")):

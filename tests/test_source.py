@@ -8,6 +8,7 @@ import sys
 
 import ml_dtypes
 import numpy as np
+import parity
 import pytest
 from safetensors.numpy import save_file
 
@@ -143,7 +144,7 @@ def test_paths_without_a_checkpoint_are_refused(tmp_path):
 
 
 def test_pytorch_files_keep_their_types_and_groups(tmp_path):
-    torch = pytest.importorskip("torch")
+    torch = parity.needed("torch")
     values = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     content = {
         "generator": {
@@ -169,7 +170,7 @@ def test_pytorch_files_keep_their_types_and_groups(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_bare_state_dict_is_the_group_without_a_name(tmp_path, zipped):
-    torch = pytest.importorskip("torch")
+    torch = parity.needed("torch")
     path = tmp_path / "a.pth"
     state = {"x.weight": torch.ones(64, 64), "x.alpha": torch.tensor(2.0)}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
@@ -192,7 +193,7 @@ class Code:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, zipped):
-    torch = pytest.importorskip("torch")
+    torch = parity.needed("torch")
     content = {"generator": {"x": torch.ones(2)}, "extra": Code(tmp_path / "ran")}
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     assert "nothing of it was run" in refused(tmp_path / "a.pt")
@@ -200,7 +201,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, zipped):
 
 
 def test_the_state_of_transformer_engine_is_refused_with_advice(tmp_path):
-    torch = pytest.importorskip("torch")
+    torch = parity.needed("torch")
     tensors = {"x.weight": torch.ones(2), "x._extra_state": io.BytesIO(b"scales")}
     torch.save({"generator": tensors}, tmp_path / "a.pt")
     said = refused(tmp_path / "a.pt")
@@ -210,7 +211,7 @@ def test_the_state_of_transformer_engine_is_refused_with_advice(tmp_path):
 
 
 def test_pytorch_files_without_a_state_dict_are_refused(tmp_path):
-    torch = pytest.importorskip("torch")
+    torch = parity.needed("torch")
     torch.save([torch.ones(2)], tmp_path / "a.pt")
     assert "no dict of tensors but a list" in refused(tmp_path / "a.pt")
     torch.save({"step": 3}, tmp_path / "a.pt")
