@@ -39,7 +39,7 @@ EXTRAS = {
         "tensorboardX>=2.6",
         TOKAMAX,
     ],
-    # What conversion is compared with; without it these tests are skipped. On Python 3.11 this torch
+    # What results are compared with; without it these tests are skipped. On Python 3.11 this torch
     # comes without CUDA where CI runs; elsewhere it is a build of several GB, whose pin of Triton
     # excludes [aot].
     "parity": [
