@@ -13,6 +13,7 @@ from histories import PROMPTS, History, Recorder, Replay
 from test_session import BLUE, ELSEWHERE, GREEN, RED, assert_same, begun, frames_of
 from test_session import tiny as tiny  # a fixture
 
+from longlive_jax import rollout
 from longlive_jax.batch import Batch
 from longlive_jax.errors import SessionError
 from longlive_jax.progress import PendingChunk
@@ -250,6 +251,27 @@ def test_who_waits_for_a_session_that_moves_finds_it_where_it_went(tiny):
         assert got[0] == twin.switch(prompt, "reset") and session.prompt == prompt
     assert_same(session, twin)
     np.testing.assert_array_equal(session.next_chunk(), twin.next_chunk())
+
+
+def test_a_session_joins_a_batch_with_the_change_that_is_under_way(tiny, monkeypatch):
+    batch, session, forget = Batch(tiny, 3, steps=1), begun(tiny, 1), rollout.forget
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments):
+        under_way.set()
+        assert go_on.wait(60)
+        return forget(*arguments)
+
+    monkeypatch.setattr(rollout, "forget", slowly)
+    with in_thread(lambda: session.switch(BLUE, "reset")) as got:
+        assert under_way.wait(60)
+        with in_thread(lambda: batch.add(session)):
+            time.sleep(0.2)
+            assert session not in batch
+            go_on.set()
+    assert session in batch and session.prompt == BLUE
+    assert batch.next_chunks().keys() == {session}
+    assert session.last.changes == (got[0],)
 
 
 def test_sessions_that_change_batches_do_not_block_each_other(tiny):
