@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from longlive_jax import cpu_devices
+from longlive_jax import cpu_devices, sharding
+from longlive_jax.train import collectives
+from longlive_jax.train import plan as train_plan
 
 SOURCES = {
     "XLA_FLAGS": ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, ""),
@@ -82,13 +85,12 @@ def test_the_environment_changes_only_for_several_devices(environment, expected)
     assert done.stdout.split() == [str(expected), "False"], done.stderr
 
 
-def waiting(text):
-    """Computations of a compiled program that hold collectives: as many as can wait at once."""
-    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-    found, name = set(), None
-    for line in text.splitlines():
-        if line.endswith("{") and " (" in line:
-            name = line.split(" (")[0]
-        if re.search(rf" ({kinds})(-start)?\(", line):
-            found.add(name)
-    return found
+def test_a_training_step_waits_in_fewer_collectives_than_there_are_threads():
+    """A device can wait once in each computation that holds collectives, as XLA runs them."""
+    ask = train_plan.Ask("tiny", seconds=2.0, mesh="2x2").check()
+    with jax.numpy_dtype_promotion("standard"):
+        step = train_plan.lower(ask, sharding.make_mesh(1, 2, 2)).compile()
+    bodies, _ = collectives._computations(step.as_text())
+    kinds = re.compile(rf" ({collectives.KINDS})(-start)?\(")
+    waiting = [name for name, lines in bodies.items() if any(map(kinds.search, lines))]
+    assert 2 < len(waiting) < cpu_devices.THREADS_PER_DEVICE
