@@ -6,8 +6,7 @@ model = longlive_jax.load("tiny")
 session = model.session("a red circle moves left over a black background")
 chunk = session.next_chunk()  # uint8 [t, H, W, 3]
 session.switch("a blue circle moves left over a black background")
-for chunk in session.stream(seconds=10):
-    show(chunk)
+frames = [frame for chunk in session.stream(seconds=10) for frame in chunk]
 """
 
 from __future__ import annotations
