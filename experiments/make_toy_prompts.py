@@ -34,7 +34,10 @@ def line(rng: np.random.Generator) -> list[str]:
 def main(_):
     rng = np.random.default_rng(_SEED.value)
     lines = [json.dumps(line(rng)) for _ in range(_COUNT.value)]
-    output.write_text(pathlib.Path(_OUTPUT.value), "\n".join(lines) + "\n")
+    path = pathlib.Path(_OUTPUT.value)
+    with output.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(path, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
