@@ -236,6 +236,29 @@ def test_several_consumers_get_different_chunks_in_order(tiny, device):
     assert all(mine == sorted(mine) for mine in numbers)
 
 
+def test_who_asks_a_session_of_a_batch_gets_the_chunk_after_that_of_the_batch(tiny, monkeypatch):
+    batch, session, wait = Batch(tiny, 3, steps=1), begun(tiny, 1), PendingChunk.wait
+    batch.add(session)
+    first, waits, go_on = threading.Lock(), threading.Event(), threading.Event()
+
+    def held_up(chunk):
+        """Only who comes first waits long."""
+        if first.acquire(blocking=False):
+            waits.set()
+            assert go_on.wait(60)
+        return wait(chunk)
+
+    monkeypatch.setattr(PendingChunk, "wait", held_up)
+    with in_thread(batch.next_chunks) as together:
+        assert waits.wait(60)
+        with in_thread(session.next_chunk) as alone:
+            time.sleep(2)  # it comes to where it has to wait
+            go_on.set()
+    assert together[0].keys() == {session}
+    assert session.last.index == 2 and len(alone[0]) == 12
+    assert (alone[0] != together[0][session]).any()
+
+
 def test_who_waits_for_a_session_that_moves_finds_it_where_it_went(tiny):
     """Into a batch and out of it again, each while another thread asks for a change."""
     batch, session, twin = Batch(tiny, 3, steps=1), begun(tiny, 1), begun(tiny, 1)
