@@ -33,11 +33,12 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 def pytest_collection_modifyitems(config, items):
     """What takes many minutes runs where it is asked for: `-m long`, or by its name."""
-    named = any("::" in argument for argument in config.args)
-    if not named and "long" not in config.getoption("-m"):
-        long = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    if any("::" in argument for argument in config.args):
+        return
+    left_out = {"named"} if "long" in config.getoption("-m") else {"named", "long"}
+    skipped = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=skipped)
+    items[:] = [item for item in items if item not in skipped]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -371,6 +371,13 @@ def test_some_histories(tiny, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("part", range(2))
+def test_longer_histories(tiny, tmp_path, part):
+    done = play_many(tiny, tmp_path, range(500 + 10 * part, 510 + 10 * part), 36)
+    assert sum(done.values()) == 10 * 36
+
+
+@pytest.mark.named
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_histories(tiny, tmp_path, part):
     done = play_many(tiny, tmp_path, range(1000 + 50 * part, 1050 + 50 * part), 36)
