@@ -1,6 +1,7 @@
 """What a user of a GPU gets without asking for anything: programs of the models' own configs."""
 
 import hlo
+import jax
 import pytest
 from longlive_kernels import absent_gpu
 
@@ -13,6 +14,8 @@ CUDNN = 'custom_call_target="__cudnn$fmhaSoftmax"'
 # GB that a chunk's program writes, beside what is updated in place; with attention="xla" these are
 # 1231 and 5918.
 MOST = {"wan21_1_3b": 110, "wan22_5b": 310}
+# Beside the window's copy and the MLP: with jax 0.12 a layer's weights are copied meanwhile.
+BESIDE = 1.1 if jax.__version_info__ < (0, 12) else 1.25
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_a_chunk_is_attended_by_cudnn_and_asks_no_host(device, compiled, gpu, pr
     window = 2 * 2 * cfg.stream.window * cfg.tokens_per_frame * cfg.dit.dim  # bf16, k and v
     mlp = 2 * cfg.stream.chunk * cfg.tokens_per_frame * (cfg.dit.ffn_dim + 2 * cfg.dit.dim)
     # Of the window there is the layer's own copy, and no second one in another order.
-    assert memory.temp_size_in_bytes < 1.1 * (window + mlp)
+    assert memory.temp_size_in_bytes < BESIDE * (window + mlp)
 
 
 @pytest.mark.parametrize("preset", MOST)

@@ -14,8 +14,10 @@ from longlive_jax.plan import Ask
 
 pytestmark = pytest.mark.aot
 
-# The formula may be off by these factors. With jax 0.10.2 it is off by 1.004 (decoding: 1.06).
-ACTIVATIONS, PEAK = 1.15, 1.1
+# The formula may be off by these factors. With jax 0.10.2 it is off by 1.004 (decoding: 1.06). With
+# jax 0.12 a chunk takes 1.5 times what it says: a layer's slots and weights are copied out of the
+# stack while what is before them still runs.
+ACTIVATIONS, PEAK = 1.15 if jax.__version_info__ < (0, 12) else 1.55, 1.1
 
 
 @pytest.fixture(autouse=True)
