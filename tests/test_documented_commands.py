@@ -22,7 +22,7 @@ import training
 from documented import DOCUMENTS, GROUPS, INSTALLS, NAMES, ROOT, TESTS
 
 import longlive_jax
-from longlive_jax import cli, lora, model, plan
+from longlive_jax import bench_model, cli, config, lora, model, plan
 from longlive_jax.config import TINY
 from longlive_jax.eval import run as suites
 from longlive_jax.model import SHIPPED
@@ -106,8 +106,10 @@ def test_snippets_run_as_pasted(tmp_path, monkeypatch, capsys):
 
 
 def _run(command: str, capsys) -> None:
-    """Runs a command: ours in this process, others in theirs."""
+    """Runs a command: ours in this process unless it wants other devices, others in theirs."""
     words = shlex.split(command)
+    if words[0] == "longlive" and "--cpu_devices" in words:
+        words[:1] = ["python", "-m", "longlive_jax"]
     if words[0] == "longlive":
         code = cli.run(words[1:], load=_load)
         assert code == 0, f"{command}\n{capsys.readouterr().err}"
@@ -120,9 +122,9 @@ def _run(command: str, capsys) -> None:
     environment.pop("PJRT_NPROC", None)  # of this process, which has other devices
     while "=" in words[0]:
         environment.update([words.pop(0).split("=", 1)])
-    script = [words[1]] if words[0] == "python" else [f"experiments/{words[0]}"]
+    script = words[1:] if words[0] == "python" else [f"experiments/{words[0]}", *words[1:]]
     done = subprocess.run(
-        [sys.executable, *script, *words[1 + (words[0] == "python") :]],
+        [sys.executable, *script],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -153,7 +155,7 @@ def _make(name: str, monkeypatch) -> None:
     path = pathlib.Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if name in plan.PRESETS:
-        monkeypatch.setitem(plan.PRESETS, name, dataclasses.replace(TINY, name=name))
+        _preset(name, monkeypatch)
     elif name == "few videos":
         small = dict(
             toy=dict(prompts=2, per_unseen=1, minutes=1), switch=dict(count=2), drift=dict(videos=1)
@@ -166,6 +168,20 @@ def _make(name: str, monkeypatch) -> None:
         _lora(path)
     else:
         PUBLISHED[name](path)
+
+
+def _preset(name, monkeypatch):
+    """The tiny model with narrow VAEs of a large one: its own, and the faster decoders."""
+    large = plan.PRESETS[name]
+    vae = dataclasses.replace(large.vae, encoder_dim=4, decoder_dim=8)
+    dit = dataclasses.replace(TINY.dit, channels=large.dit.channels)
+    small = dataclasses.replace(TINY, name=name, dit=dit, vae=vae)
+    monkeypatch.setitem(plan.PRESETS, name, small)
+    if large.vae == config.WAN22_VAE:
+        monkeypatch.setattr(config, "WAN22_VAE", vae)
+    narrow = dict(encoder_dim=4, decoder_dims=(8, 6, 4, 4))
+    taes = [dataclasses.replace(tae, **narrow) for tae in bench_model.TAES]
+    monkeypatch.setattr(bench_model, "TAES", taes)
 
 
 def _lora(path):
