@@ -220,7 +220,7 @@ def _kind(gpu: GPU) -> absent_gpu.Kind:
 def _largest(jaxpr: Any) -> int:
     before, largest = Contraction(0, 0), 0
     for found in _contractions(jaxpr, set(jaxpr.invars)):
-        kept = 0 if found.continues else before.result
+        kept = 0 if found.continued >= before.result else before.result
         largest = max(largest, kept + found.operands + found.result)
         before = found
     return largest
@@ -233,13 +233,13 @@ class Contraction:
     Attributes:
       operands: That it reads, with what loops around it carry.
       result: That it writes.
-      continues: Whether an operand is the result of the contraction before, changed element by
-        element, and nothing later needs that result.
+      continued: Of the operand that is the result of the contraction before, changed element by
+        element, where nothing later needs that result. What is no smaller takes its place.
     """
 
     operands: int
     result: int
-    continues: bool = False
+    continued: int = 0
 
 
 def _size(variable: Any) -> int:
@@ -271,9 +271,9 @@ def _contractions(jaxpr: Any, arguments: set, changed: set | None = None) -> Ite
         if kind in CONTRACTIONS:
             kept = (pieces.get(operand, 0) for operand in given if isinstance(operand, Var))
             operands = sum(map(_size, given)) + sum(kept)
-            continues = any(_is_in(operand, changed) for operand in given)
-            continues = continues and all(used.get(x, 0) <= number for x in changed)
-            yield Contraction(operands, sum(map(_size, made)), continues)
+            needed_later = any(used.get(x, 0) > number for x in changed)
+            continued = [0 if needed_later else _size(x) for x in given if _is_in(x, changed)]
+            yield Contraction(operands, sum(map(_size, made)), max(continued, default=0))
             changed.clear()
             changed.update(made)
         elif kind in IN_PLACE and _is_in(given[0], arguments):

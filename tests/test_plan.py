@@ -95,7 +95,7 @@ def test_the_formula_sees_the_scores(tiny):
     tokens = keys * cfg.dit.dim * 2
     found = footprint.by_formula(cfg, gpus.find("h100"), ("switch",))["switch"]
     assert found == 6 * scores + 2 * tokens + tokens + 4
-    assert tiny.memory.activations["switch"] < found - 4 * scores
+    assert tiny.memory.activations["switch"] < found / 2
 
 
 def test_the_table_says_that_there_is_no_negative_cache(tiny):

@@ -363,7 +363,7 @@ def test_lists_hold_what_is_seen_and_nothing_else():
 @pytest.mark.parametrize("kind", ["float32", "nvfp4"])
 def test_as_many_slots_are_read_as_are_seen(name, kind, monkeypatch):
     """In each step of the loop, of every query frame: counted as the program runs."""
-    call, read = operands(name, kind), []
+    call, read = operands(name, kind).by_frame(), []
     plain = kept.plain
 
     def counted(x, heads, dtype):
