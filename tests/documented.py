@@ -150,9 +150,7 @@ GROUPS = {
         marks=("long",),
     ),
     "cost of spreading": Group(
-        {
-            "longlive bench --suite train --cpu_devices 4 --json train.json": "--repeat 1 --seconds 3"
-        },
+        {"longlive bench --suite train --cpu_devices 4 --json train.json": f"{SHORT} --seconds 3"},
         marks=("long",),
     ),
     "speed of large models": Group(
