@@ -20,6 +20,7 @@ from longlive_jax import (
     bench_train,
     bench_vae,
     cli,
+    footprint,
     plan,
     report,
 )
