@@ -13,7 +13,7 @@ PACKAGES = ("longlive_jax", "kernels", "experiments")
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 LIBRARY = [path for path in SOURCES if not path.is_relative_to(ROOT / "experiments")]
 
-MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 500, 80, 9
+MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 600, 80, 9
 # Kernels may be longer: they are read as one piece.
 MAX_KERNEL_FUNCTION = 160
 

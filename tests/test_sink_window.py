@@ -473,7 +473,7 @@ def test_what_does_not_fit_is_refused():
     short = dataclasses.replace(new, k=new.k[:, :, :1], v=new.v[:, :, :1])  # too few tokens
     for changes, message in (
         (dict(visible=call.visible.repeat(5, 1)), "neither one row nor one for each of 3"),
-        (dict(visible=call.visible.repeat(2, 0)), "do not fit `visible`"),
+        (dict(q=call.q[:, :-1]), "do not fit `visible`"),
         (dict(order="sorted"), "order 'sorted': one of any, nested, prefix"),
         (dict(k=call.k[..., :1, :]), "keys of one layer are"),
         (dict(v=call.v[:, :, :-1]), "values of one layer are"),
