@@ -19,7 +19,7 @@ from training import RECYCLING, begin, fields, lines, same, until
 from longlive_jax.data import toy_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
-LIMIT = 120  # seconds after which a process is taken to hang
+LIMIT = 300  # seconds after which a process is taken to hang
 CONFIG = """
 import json
 import pathlib
