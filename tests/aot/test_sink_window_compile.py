@@ -5,6 +5,7 @@ Needs the [aot] extra.
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -34,7 +35,7 @@ SCORES = {  # kinds of slots whose keys are multiplied as they are
 }
 # Bytes, by threads of a B200 that unpack slots where others turn queries. By ptxas 13.5; that of
 # 13.0 spills 12 of NVFP4 with jax 0.10, and more than these with 0.12.
-SPILLED = {"int8": 16, "nvfp4": 16}
+SPILLED = {"int8": 16, "nvfp4": 16, "fp8": 0 if jax.__version_info__ < (0, 11) else 16}
 # What a GPU's kernel multiplies with, and the threads of a block.
 COMPILED = {
     "h100": ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", 384),
@@ -111,6 +112,13 @@ def test_a_kernel_does_not_compile_for_another_architecture(gpu, sm, units):
     assert units in text
 
 
+def tokamax_version() -> tuple[int, ...]:
+    """Skips where it is not installed."""
+    if importlib.util.find_spec("tokamax") is None:
+        pytest.skip("needs tokamax: pip install tokamax")
+    return tuple(int(x) for x in importlib.metadata.version("tokamax").split(".")[:3])
+
+
 def copies(name: str) -> int:
     """Bytes of the layer's keys and values, side by side: once, whatever the query frames see; and
     of queries of a frame and its result in a loop.
@@ -129,29 +137,38 @@ def copies(name: str) -> int:
     ],
 )
 def test_tokamax_compiles(gpu, name, kind):
-    """Its kernel for all query frames, or in a loop for one after the other."""
-    if importlib.util.find_spec("tokamax") is None:
-        pytest.skip("needs tokamax: pip install tokamax")
+    """Its kernel for all query frames, or in a loop for one after the other. On a B200 two blocks
+    work as one (tokamax 0.0.12), or each by itself with some spills (0.0.17).
+    """
+    version = tokamax_version()
     status, text = mosaic_program(gpu, "tokamax", name, kind)
     assert status == 0, text[-2000:]
-    ours = COMPILED[gpu][0]
-    assert ours.replace("cta_group::1", "cta_group::2") in text  # two blocks of a B200 as one
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    assert spills == [("0", "0")]
+    instruction, most = COMPILED[gpu][0], 0
+    if gpu == "b200" and version < (0, 0, 17):
+        instruction = instruction.replace("cta_group::1", "cta_group::2")
+    elif gpu == "b200":
+        most = 164
+    assert instruction in text
+    spills = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert len(spills) == 1 and max(map(int, spills[0])) <= most
     assert re.findall(r"Used (\d+) registers", text) == ["168"]
     # Of dequantised keys or values there is a second copy, into which the chunk's own are put.
     assert temporary(text) < 1.02 * copies(name) * (1.5 if kind == "nvfp4" else 1)
 
 
 def test_the_gradient_of_tokamax_compiles_for_hopper():
-    """That for Blackwell asks for more shared memory than there is (tokamax 0.0.12)."""
-    if importlib.util.find_spec("tokamax") is None:
-        pytest.skip("needs tokamax: pip install tokamax")
+    """That for Blackwell asks for more shared memory than there is (tokamax 0.0.12), or is there
+    (0.0.17).
+    """
+    version = tokamax_version()
     status, text = mosaic_program("h100", "tokamax", "1.3b_chunk", "gradient")
     assert status == 0, text[-2000:]
     assert text.count("bytes spill stores") > 1  # the forward alone
     status, text = mosaic_program("b200", "tokamax", "1.3b_chunk", "gradient")
-    assert status != 0 and "exceeds available shared memory" in text
+    if version < (0, 0, 17):
+        assert status != 0 and "exceeds available shared memory" in text
+    else:
+        assert status == 0 and text.count("bytes spill stores") > 1
 
 
 @pytest.mark.parametrize("gpu", ["h100", "b200"])
