@@ -80,8 +80,9 @@ def _requested() -> int:
     """How many virtual CPU devices the next client will have; 0 or -1 if nobody has said."""
     forced = _FORCED.findall(os.environ.get("XLA_FLAGS", ""))
     counts = [int(forced[-1])] if forced else []
-    if "jax" in sys.modules:
-        counts.append(sys.modules["jax"].config.jax_num_cpu_devices)
+    jax = sys.modules.get("jax")  # None, too, where importing it is prevented
+    if jax is not None:
+        counts.append(jax.config.jax_num_cpu_devices)
     elif os.environ.get("JAX_NUM_CPU_DEVICES", "").isdigit():
         counts.append(int(os.environ["JAX_NUM_CPU_DEVICES"]))
     return max(counts, default=0)

@@ -253,6 +253,7 @@ def test_this_machine_can_generate(capsys):
     assert {row["operation"]: row["chosen"] for row in data["implementations"]} == {
         "attention/sink_window": "xla",
         "attention/chunk_table": "xla",
+        "attention/chunk_table, full tables": "xla",
         "matrix products": "xla",
         "nvfp4 W4A4, bf16": "xla",
         "nvfp4 W4A16, bf16": "xla",

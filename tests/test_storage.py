@@ -96,7 +96,7 @@ def test_what_attends_the_memory_may_be_named(tiny):
         played(dataclasses.replace(tiny, config=unchecked))
     with pytest.raises(InputError, match="attention: mosaic needs an NVIDIA GPU"):
         tiny.streaming(attention="mosaic", kv="fp8", eight_bit_scores=True)
-    with pytest.raises(InputError, match="attention: no backend 'flash': there are xla"):
+    with pytest.raises(InputError, match="attention: no backend 'flash': there are cudnn, xla"):
         tiny.streaming(attention="flash")
 
 

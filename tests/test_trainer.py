@@ -265,7 +265,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, given, monkeypatch):
         (dict(source__folder="nowhere"), "there is no folder of videos nowhere"),
         (dict(source__start="middle"), "say first, anywhere"),
         (dict(ar__attention="mosaic"), "attention: mosaic needs an NVIDIA GPU"),
-        (dict(ar__attention="flash"), "attention: no backend 'flash': there are xla, reference"),
+        (
+            dict(ar__attention="flash"),
+            "attention: no backend 'flash': there are cudnn, xla, reference",
+        ),
         (dict(dtype="float8"), "dtype 'float8': choose one of float32, bfloat16"),
         (dict(optimizer__kind="sgd"), "unknown optimizer 'sgd'; choose adamw or muon"),
     ],
