@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from longlive_jax import model, weights
-from longlive_jax.config import TINY
+from longlive_jax.config import TINY, folder_of
 from longlive_jax.text import tiny
 
 _VAE = flags.DEFINE_string("vae", None, "Weights written by train_vae.", required=True)
 _DIT = flags.DEFINE_string("dit", None, "Weights written by train_tiny_dit.", required=True)
-_OUTPUT = flags.DEFINE_string("output", str(model.SHIPPED / "tiny"), "Folder of the model.")
+_OUTPUT = flags.DEFINE_string("output", str(folder_of("tiny")), "Folder of the model.")
 
 
 def main(_):

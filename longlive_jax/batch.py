@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from longlive_jax import rollout
-from longlive_jax.errors import SessionError
+from longlive_jax import interrupts, rollout
+from longlive_jax.errors import NotFiniteError, SessionError
 from longlive_jax.progress import (
+    Arrived,
     ClosedState,
     Frames,
     LocalState,
+    Lock,
     PendingChunk,
     Place,
     Progress,
@@ -112,7 +113,7 @@ class Batch:
         carry = coder.init_carry(model.vae, size, model.config.height, model.config.width)
         state = State(rollout.begin(model.config, [0] * size, text.k.dtype), carry, text)
         # What the places of its sessions read and replace; see `Place` for how.
-        self._lock, self._turn = threading.RLock(), threading.RLock()
+        self._lock, self._turn = Lock(), Lock()
         self._rows = Rows(state, (None,) * size)
         self._pending: tuple[Session, ...] = ()
 
@@ -176,19 +177,37 @@ class Batch:
 
         Sessions that another thread closes, takes out or rewinds while this waits for their frames
         are left out. One that was taken out has its frames still to hand over.
+
+        Raises:
+          NotFiniteError: a chunk holds NaN or infinity; the error's `session` is whose. Nothing is
+            handed over: take that session out, and the next call returns the others' frames.
         """
-        with self._turn:
-            with self._lock:
-                self._begin()
-                seen = {session: session.progress for session in self._sessions()}
-            arrived = {session: progress.wait_all() for session, progress in seen.items()}
-            frames = {}
-            with self._lock:
-                for session in filter(self.__contains__, seen):
-                    handed = session._hand_over_all(seen[session], arrived[session])
-                    if handed is not None:
-                        frames[session] = handed
-            return frames
+        while True:
+            interrupts.stop.check()
+            with self._turn:
+                frames = self._next_chunks()
+            if frames is not None:
+                return frames
+
+    def _next_chunks(self) -> dict[Session, Frames] | None:
+        """None where a signal waits, whose handler may raise: nobody would get the frames."""
+        with self._lock:
+            self._begin()
+            seen = {session: session.progress for session in self._sessions()}
+        arrived = {session: progress.wait_all() for session, progress in seen.items()}
+        frames = {}
+        with self._lock:
+            present = [session for session in seen if session in self]
+            for session in present:  # all, before any is handed over
+                for chunk, came in zip(seen[session].ahead, arrived[session], strict=True):
+                    _check_finite(session, chunk, came)
+            if interrupts.hold.pending:
+                return None
+            for session in present:
+                handed = session._hand_over_all(seen[session], arrived[session])
+                if handed is not None:
+                    frames[session] = handed
+        return frames
 
     def _sessions(self) -> list[Session]:
         """Who is in it, by row, then who waits for a first chunk."""
@@ -237,6 +256,7 @@ class Batch:
             solver=self.solver,
             guidance=config.sampler.guidance,
         )
+        finite = rollout.finite(latents)
         carry, pixels = rollout.decode(self.model.vae, state.carry, latents, first=False)
         pixels.copy_to_host_async()
         rows = dataclasses.replace(self._rows, state=State(memory, carry, state.text))
@@ -246,7 +266,7 @@ class Batch:
                 text = self.model.prompt_kv([position.prompt])
                 one = dataclasses.replace(_take(rows.state, row), text=text)
                 rows = dataclasses.replace(rows, state=_put(rows.state, row, one))
-            chunk = PendingChunk(position, latents, pixels, row, begun)
+            chunk = PendingChunk(position, latents, pixels, finite, row, begun)
             rows = rows.having(row, dataclasses.replace(occupant, progress=progress.begun(chunk)))
         self._rows = rows
 
@@ -272,6 +292,13 @@ class Batch:
         self._pending = (*others, session)
         session._place = pending
         place.leave()
+
+
+def _check_finite(session: Session, chunk: PendingChunk, arrived: Arrived) -> None:
+    try:
+        arrived.check(chunk.position)
+    except NotFiniteError as error:
+        raise NotFiniteError(str(error), session) from None
 
 
 _LAYERS_FIRST = (".rollout.cache.k", ".rollout.cache.v", ".text")

@@ -7,6 +7,15 @@ import pathlib
 import sys
 from collections.abc import Mapping
 
+# What JAX says of every program that it cannot write into the cache.
+FAILED = "Error writing persistent compilation cache entry"
+
+
+def failure(message: str) -> str:
+    """A sentence in the place of JAX's warning, for all programs."""
+    reason = message.rpartition(": ")[2] or message
+    return f"compiled programs are not kept for the next start: {reason}"
+
 
 def user_cache(
     environment: Mapping[str, str] = os.environ, platform: str = sys.platform

@@ -1,6 +1,7 @@
 """The command `longlive`: reads flags, runs one subcommand, turns errors into sentences.
 
-Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 stopped by Ctrl-C or SIGTERM, 141
+nobody reads the standard output any more.
 Nothing here imports JAX until the flags have been read, so that bad input is answered at once.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax import cache_dir
+from longlive_jax import cache_dir, interrupts, terminal
 from longlive_jax.commands import (
     bench,
     convert,
@@ -146,26 +146,36 @@ def dispatch(arguments: Sequence[str], load: Load) -> None:
 
 def run(arguments: Sequence[str], load: Load = load_model) -> int:
     """Runs the command and returns its exit code; `load` is what makes a model of a name."""
+    message, code = "", 0
     try:
-        with _sentences():
+        with terminal.guarded(), _sentences():
             dispatch(arguments, load)
     except InputError as error:
-        sys.stderr.write(f"longlive: {' '.join(str(error).split())}\n")
-        return 2
+        message, code = " ".join(str(error).split()), 2
     except KeyboardInterrupt:
-        sys.stderr.write("longlive: stopped\n")
-        return 130
-    return 0
+        message, code = "stopped", interrupts.STOPPED
+    except terminal.PipeClosedError:
+        code = terminal.PIPE_CLOSED
+    if message:
+        terminal.Messages(sys.stderr).write(f"longlive: {message}\n")
+    return code
 
 
 @contextlib.contextmanager
 def _sentences() -> Iterator[None]:
-    """What we warn of is a sentence on stderr, as errors are."""
+    """What we warn of is a sentence on stderr, as errors are. A compilation cache that cannot be
+    written is said once, not for each of its programs.
+    """
     usual = warnings.showwarning
+    said: set[str] = set()
 
     def show(message: Any, category: type[Warning], *where: Any) -> None:
         if issubclass(category, EmulationWarning):
             sys.stderr.write(f"longlive: {message}\n")
+        elif cache_dir.FAILED in str(message):
+            if not said:
+                sys.stderr.write(f"longlive: {cache_dir.failure(str(message))}\n")
+            said.add(cache_dir.FAILED)
         else:
             usual(message, category, *where)
 
@@ -175,6 +185,11 @@ def _sentences() -> Iterator[None]:
 
 
 def main() -> None:
-    """The console script. Being told to end (SIGTERM) is treated like Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    sys.exit(run(sys.argv[1:]))
+    """The console script. SIGTERM is treated like Ctrl-C; see `interrupts`."""
+    terminal.open_standard_streams()
+    interrupts.stop.listen()
+    code = run(sys.argv[1:])
+    interrupts.stop.end()
+    if code in (2, terminal.PIPE_CLOSED):
+        terminal.forget_output()
+    sys.exit(code)

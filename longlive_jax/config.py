@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import pathlib
+
+SHIPPED = pathlib.Path(__file__).parent / "models"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,3 +453,8 @@ WAN22_TI2V_5B = ModelConfig(
     width=1280,
     fps=24,
 )
+
+
+def folder_of(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Where a model is: "tiny" ships with the package, other names are folders."""
+    return SHIPPED / name if name == "tiny" else pathlib.Path(name)

@@ -1,5 +1,7 @@
 """The errors that are the caller's to put right."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """What was asked for cannot be done; the message is one clear sentence for who asked."""
@@ -11,3 +13,16 @@ class EmulationWarning(UserWarning):
 
 class SessionError(InputError):
     """What was asked of a session cannot be done now; the session is as it was before."""
+
+
+class NotFiniteError(SessionError):
+    """A chunk holds NaN or infinity. It is not handed over; what came before it stays.
+
+    Args:
+      message: One clear sentence.
+      session: Whose chunk it is, where several are made together.
+    """
+
+    def __init__(self, message: str, session: Any = None):
+        super().__init__(message)
+        self.session = session

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ from longlive_jax.errors import InputError
 from longlive_jax.events import Event
 from longlive_jax.report import Report
 from longlive_jax.request import Request
+from longlive_jax.request import reports as request_reports
 from longlive_jax.story import Draft, Story
-from longlive_jax.story import outputs as names
 from longlive_jax.video import BackgroundWriter
 
 Load = Callable[..., Any]
@@ -51,9 +50,11 @@ def run(request: Request, drafts: Sequence[Draft], load: Load) -> None:
     stories = [_in_mode(d.place(model.config, request.seconds), request.mode) for d in drafts]
     for story in stories:
         check_timeline(story, model)
-    reports = request.json and _beside(request.json, len(stories))
-    for i, (story, path) in enumerate(zip(stories, request.outputs(len(stories)), strict=True)):
-        job = dataclasses.replace(request, output=path, json=reports and reports[i])
+    count = len(stories)
+    paths = request.outputs(count)
+    reports = request_reports(request.json, count) or [None] * count
+    for story, path, report in zip(stories, paths, reports, strict=True):
+        job = dataclasses.replace(request, output=path, json=report)
         _make(job, story, session or _begun(job, story, model), console)
 
 
@@ -82,10 +83,6 @@ def _begun(request: Request, story: Story, model: Any) -> Any:
         image=story.image,
         video=story.video,
     )
-
-
-def _beside(path: pathlib.Path, count: int) -> list[pathlib.Path]:
-    return [path] * count if path == output.STDOUT else names(path, count)
 
 
 def _make(request: Request, story: Story, session: Any, console: Console) -> None:

@@ -18,7 +18,7 @@ from longlive_jax import model as models
 from longlive_jax import weights
 from longlive_jax.convert.source import spec_of
 from longlive_jax.convert.table import Pending
-from longlive_jax.errors import InputError
+from longlive_jax.output import check_new_folder
 
 _PART = "dit"
 
@@ -37,8 +37,7 @@ def run(
       InputError: the LoRA is of another model, a file is broken, or `output` is there already.
     """
     source, target = pathlib.Path(model), pathlib.Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is there already; name a new folder")
+    check_new_folder(target)
     adapter = loras.read(lora, alpha=alpha)
     tensors = weights.read(source, _PART)
     specs = {path: spec_of(tensors, path) for path in tensors}

@@ -18,7 +18,7 @@ from flax import nnx
 
 from longlive_jax import config, opening, rollout, sampler, weights
 from longlive_jax import lora as loras
-from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig
+from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig, folder_of
 from longlive_jax.convert.table import NameMismatch, Pending
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.errors import InputError
@@ -31,7 +31,6 @@ from longlive_jax.vae import build as vaes
 from longlive_jax.vae.tae import TAE
 from longlive_jax.vae.vae import VAE
 
-SHIPPED = pathlib.Path(__file__).parent / "models"
 PARTS = ("dit", "text", "vae")
 # Where a parameter goes, of its part, path and shape.
 Sharding = Callable[[str, str, tuple[int, ...]], jax.sharding.Sharding]
@@ -273,11 +272,6 @@ def _products(folder: pathlib.Path, cfg: ModelConfig, weights_only: bool) -> Mod
     if cfg.precision is not None:
         transformer.tell(cfg.precision)
     return cfg
-
-
-def folder_of(name: str | os.PathLike) -> pathlib.Path:
-    """Where a model is: "tiny" ships with the package, other names are folders."""
-    return SHIPPED / name if name == "tiny" else pathlib.Path(name)
 
 
 def read_config(folder: pathlib.Path) -> ModelConfig:

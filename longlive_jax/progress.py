@@ -12,15 +12,15 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Bool, UInt8
 
-from longlive_jax import timeline
+from longlive_jax import interrupts, timeline
 from longlive_jax.dit.model import TextKV
+from longlive_jax.errors import NotFiniteError
 from longlive_jax.rollout import Rollout
 from longlive_jax.undo import Past, Undo
 from longlive_jax.vae.vae import VAECarry
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from longlive_jax.model import Model
 
 Frames = UInt8[np.ndarray, "t H W 3"]
-Lock = AbstractContextManager  # re-entrant: a stream's events are switches
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +91,15 @@ class Arrived:
 
     frames: Frames
     ready: float
+    finite: bool  # the latents
+
+    def check(self, position: Position) -> None:
+        """Raises NotFiniteError if the chunk, which was begun at `position`, is not finite."""
+        if not self.finite:
+            raise NotFiniteError(
+                f"chunk {position.chunk} of the video is not finite (it holds NaN or infinity):"
+                " check the weights, the LoRA and the precision; the frames before it are good"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,13 +111,15 @@ class PendingChunk:
     position: Position  # when it was begun
     latents: Array  # b f h w c; there when denoising has ended
     pixels: Array  # b t H W 3
+    finite: Bool[Array, " b"] | None  # the latents of each row; None: known to be, all of them
     row: int
     begun: float | None  # on the clock; None: in another process
 
     def wait(self) -> Arrived:
         jax.block_until_ready(self.latents)
         ready = time.perf_counter()
-        return Arrived(np.asarray(self.pixels)[self.row], ready)
+        finite = self.finite is None or bool(np.asarray(self.finite)[self.row])
+        return Arrived(np.asarray(self.pixels)[self.row], ready, finite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +226,13 @@ class Progress:
         Args:
           arrived: What `wait` of this value returned.
           limit: None is all frames of the chunk.
+
+        Raises:
+          NotFiniteError: the chunk holds NaN or infinity.
         """
         if arrived is not None:
             chunk, ahead = self.ahead[0], self.ahead[1:]
+            arrived.check(chunk.position)
             at, frames, ready = chunk.position, arrived.frames, arrived.ready
             spent = 0.0
             if chunk.begun is not None:
@@ -240,7 +254,11 @@ class Progress:
         return after, frames
 
     def all_handed_over(self, arrived: tuple[Arrived, ...]) -> tuple[Progress, Frames]:
-        """Without the rest and the chunks that have arrived; and their frames, maybe none."""
+        """Without the rest and the chunks that have arrived; and their frames, maybe none.
+
+        Raises:
+          NotFiniteError: one of the chunks holds NaN or infinity.
+        """
         config = self.model.config
         pieces = [np.zeros((0, config.height, config.width, 3), np.uint8)]
         after = self
@@ -248,6 +266,25 @@ class Progress:
             after, frames = after.handed_over(piece, None)
             pieces.append(frames)
         return after, pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
+
+
+class Lock:
+    """A re-entrant lock whose holder no signal disturbs: neither between a program that takes the
+    buffers of a state and the commit of the next state, nor inside JAX.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Lock:
+        # In this order: an interrupt between the two would leave the lock taken for ever.
+        interrupts.hold.__enter__()
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        interrupts.hold.__exit__()
 
 
 @runtime_checkable
@@ -290,7 +327,7 @@ class LocalState:
     """The place of a session on its own."""
 
     def __init__(self, state: State, progress: Progress):
-        self.lock, self.turn = threading.RLock(), threading.RLock()
+        self.lock, self.turn = Lock(), Lock()
         self._value = state, progress
 
     @property

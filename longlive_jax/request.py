@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from longlive_jax import output, story
+from longlive_jax.config import folder_of
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
 from longlive_jax.story import Draft, Story
@@ -32,6 +34,7 @@ class Request:
     stream: tuple[tuple[str, Any], ...] = ()  # values in place of the model's `config.stream`
     resume: pathlib.Path | None = None  # a saved session to continue
     save: pathlib.Path | None = None  # where to save the session at the end
+    lora: pathlib.Path | None = None  # which `load` applies
 
     def check(self) -> list[Draft]:
         """The videos to make, if it can be done as far as can be told without a model.
@@ -48,10 +51,38 @@ class Request:
         drafts = self._scripted() if self.script else [self._told()]
         if self.save and len(drafts) > 1:
             raise InputError(f"{self.script} has {len(drafts)} videos: one session can be saved")
-        for path in self.outputs(len(drafts)):
+        videos = self.outputs(len(drafts))
+        self._check_apart(drafts, videos)
+        for path in videos:
             output.check_video(path)
-        output.check_report(self.json)
+        for path in reports(self.json, len(drafts)):
+            output.check_report(path)
+        if self.save:
+            output.check_session(self.save)
         return drafts
+
+    def _check_apart(self, drafts: Sequence[Draft], videos: Sequence[pathlib.Path]) -> None:
+        """A session may be saved where it came from: it is in memory by then."""
+        inputs = [
+            ("--model", folder_of(self.model)),
+            ("--lora", self.lora),
+            ("--script", self.script),
+            ("--image", self.image),
+            ("--video", self.video),
+            ("--resume", self.resume),
+        ]
+        if self.script:
+            stories = [draft for draft in drafts if isinstance(draft, Story)]
+            inputs += [
+                ("--script", path) for story in stories for path in (story.image, story.video)
+            ]
+        outputs = [("--output", path) for path in videos]
+        outputs += [("--json", path) for path in reports(self.json, len(drafts))]
+        output.check_apart(inputs, outputs)
+        saved = [] if self.resume == self.save else [("--save-session", self.save)]
+        output.check_apart(
+            [source for source in inputs if source[0] != "--resume"], outputs + saved
+        )
 
     def outputs(self, count: int) -> list[pathlib.Path]:
         """The file of each video."""
@@ -87,6 +118,13 @@ class Request:
             if value:
                 raise InputError(f"{flag} is told by --script {self.script}: leave one of them out")
         return story.read(self.script)
+
+
+def reports(path: pathlib.Path | None, count: int) -> list[pathlib.Path]:
+    """The report of each video: a file beside each other, or all to standard output."""
+    if path is None or path == output.STDOUT:
+        return [] if path is None else [path] * count
+    return story.outputs(path, count)
 
 
 def check_model(model: str) -> None:

@@ -394,6 +394,12 @@ def forget(rollout: Rollout, which: Bool[Array, " b"]) -> Rollout:
     )
 
 
+@jax.jit
+def finite(latents: Latents) -> Bool[Array, " b"]:
+    """Whether the latents of each video are finite: neither NaN nor infinity."""
+    return jnp.isfinite(latents).all(tuple(range(1, latents.ndim)))
+
+
 @functools.partial(jax.jit, donate_argnames="carry", static_argnames="first")
 def decode(
     vae: VAE | TAE, carry: VAECarry, latents: Latents, *, first: bool

@@ -8,8 +8,8 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,35 +18,41 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from longlive_jax import rollout, sampler, timeline, weights
+from longlive_jax import output, rollout, sampler, timeline, weights
 from longlive_jax.config import Precision, Recache
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.model import Model, Origin, load
-from longlive_jax.progress import Chunk, PendingChunk, Position, Progress, Receipt, State
+from longlive_jax.progress import Chunk, Lock, PendingChunk, Position, Progress, Receipt, State
 from longlive_jax.session import Session
 from longlive_jax.undo import Past
 from longlive_jax.vae import vae as coder
 
-FACTS, ARRAYS = "session.json", "arrays"
+FACTS, ARRAYS = output.SESSION, "arrays"  # the arrays' folder, of the first save into a folder
 KEYS = "turned in space"  # how keys are kept where positions are relative; once they were not
 
 # One at a time, for two may name the same folder. Who holds a session's lock never asks for it.
-_writing = threading.Lock()
+_writing = Lock()
 
 
 def write(session: Session, folder: str | os.PathLike) -> None:
     """See `Session.save`. An earlier session in that folder is replaced once this one is whole."""
     folder = pathlib.Path(os.path.realpath(folder))  # not the link to it that may be named
     with _writing:
-        _check_free(folder)
+        output.check_session(folder)
         facts, arrays = _copied(session)
-        _replace(folder, facts, arrays)
+        if (folder / FACTS).is_file():
+            _replace(folder, facts, arrays)
+        else:
+            with weights.new_folder(folder) as stage:
+                _write_arrays(stage / ARRAYS, arrays)
+                (stage / FACTS).write_text(_text(facts, ARRAYS), "utf-8")
 
 
 def _copied(session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is saved, as it is at one moment, in the host's memory."""
     for chunk in session.progress.ahead:
-        chunk.wait()  # without the lock: copying is then all that others wait for
+        # Without the lock: copying is then all that others wait for.
+        chunk.wait().check(chunk.position)
     with session._held() as place:
         progress, state = place.progress, place.state()
         arrays = jax.tree.map(np.array, _arrays(session.given, progress, state))
@@ -68,30 +74,25 @@ def _copied(session: Session) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _replace(folder: pathlib.Path, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        with weights.new_folder(folder) as stage:
-            _write_arrays(stage / ARRAYS, arrays)
-            (stage / FACTS).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
-                folder.replace(old)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    """Puts another session in the place of the one in the folder, in one step: new arrays are
+    written beside the old ones, then the file that names them is exchanged. Other files stay.
+    """
+    name = f"{ARRAYS}-{secrets.token_hex(4)}"
+    with output.writing(folder):
+        try:
+            _write_arrays(folder / name, arrays)
+            output.write_text(folder / FACTS, _text(facts, name))
+        except BaseException:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            raise
+    # Those of the old session, and what killed runs left.
+    for path in folder.glob(f"{ARRAYS}*"):
+        if path.name != name and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_free(folder: pathlib.Path) -> None:
-    try:
-        held = list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        held = [folder] if folder.exists() else []
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}") from error
-    if held and not (folder / FACTS).is_file():
-        raise InputError(f"{folder} is there already and holds no session; name another folder")
+def _text(facts: dict[str, Any], arrays: str) -> str:
+    return json.dumps(facts | {"arrays": arrays}, indent=1) + "\n"
 
 
 def _write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
@@ -213,7 +214,7 @@ def restore(
             f'the session in {folder} belongs to another model: it was made with "{made_by.name}"'
             f" ({fingerprint}), not with {model.config.name} ({model.fingerprint})"
         )
-    arrays = _read(folder)
+    arrays = _read(folder, _arrays_folder(folder, facts))
     lacking = {"rollout", "carry", *(f"ahead_{i}" for i in range(len(ahead)))} - arrays.keys()
     if lacking:
         raise InputError(f"the session in {folder} is broken: it has no {min(lacking)}")
@@ -232,23 +233,33 @@ def _progress(
 ) -> Progress:
     """With the frames that were made and not handed over."""
     pixels = [jnp.asarray(arrays[f"ahead_{i}"])[None] for i in range(len(ahead))]
-    chunks = (PendingChunk(at, x, x, 0, None) for at, x in zip(ahead, pixels, strict=True))
+    chunks = (PendingChunk(at, x, x, None, 0, None) for at, x in zip(ahead, pixels, strict=True))
     rest = arrays.get("rest")
     made = timeline.first_frame(model.config, position.latents)
     frame = made - sum(x.shape[1] for x in pixels) - (0 if rest is None else len(rest))
     return Progress(model, position, frame, Past(0), tuple(chunks), rest)
 
 
-def _read(folder: pathlib.Path) -> dict[str, Any]:
+def _arrays_folder(folder: pathlib.Path, facts: dict[str, Any]) -> pathlib.Path:
+    """Where the session's arrays are. Sessions of earlier versions do not say."""
+    name = facts.get("arrays", ARRAYS)
+    if not isinstance(name, str) or re.fullmatch(rf"{ARRAYS}(-[0-9a-f]+)?", name) is None:
+        raise InputError(f"the session in {folder} is broken: its arrays have no name of ours")
+    return folder / name
+
+
+def _read(folder: pathlib.Path, held: pathlib.Path) -> dict[str, Any]:
     try:
         with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-            found = checkpointer.metadata(folder / ARRAYS).item_metadata
+            found = checkpointer.metadata(held).item_metadata
             # As numpy: whichever device wrote them need not be here.
             wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(found.items()))
-            return checkpointer.restore(folder / ARRAYS, wanted)
+            return checkpointer.restore(held, wanted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # What Orbax and TensorStore say takes a page.
-        raise InputError(f"the session in {folder} is broken: {ARRAYS} cannot be read") from error
+        raise InputError(
+            f"the session in {folder} is broken: {held.name} cannot be read"
+        ) from error
 
 
 def _state(model: Model, arrays: dict, position: Position, folder: pathlib.Path) -> State:

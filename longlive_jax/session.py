@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from longlive_jax import rollout, timeline
+from longlive_jax import interrupts, rollout, timeline
 from longlive_jax.config import Recache
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.events import CUT_PREFIX, MODES, Event, in_order
@@ -157,8 +157,13 @@ class Session:
     def next_chunk(self) -> Frames:
         """The next frames: as many as a chunk has, the first chunk of a video three fewer.
 
+        Ctrl-C loses nothing: it is raised when the chunk is there and not yet handed over, and the
+        next call hands it over.
+
         Raises:
           SessionError: the session is closed.
+          NotFiniteError: the chunk holds NaN or infinity, and so will all that follow it. `rewind`
+            takes it back.
         """
 
         def ask(place: Place) -> None:
@@ -186,6 +191,7 @@ class Session:
         Raises:
           InputError: the length or an event makes no sense.
           SessionError: the session is closed, now or later.
+          NotFiniteError: a chunk holds NaN or infinity.
         """
         return self._stream(self._schedule(seconds, events, lookahead))
 
@@ -225,7 +231,11 @@ class Session:
         while True:
             with self._in_turn():
                 seen = self._open_progress()
-                frames = self._hand_over_all(seen, seen.wait_all())
+                arrived = seen.wait_all()
+                # A signal that waits may raise as soon as its handler runs.
+                frames = None
+                if not interrupts.hold.pending:
+                    frames = self._hand_over_all(seen, arrived)
             if frames is not None:
                 return frames
 
@@ -290,11 +300,12 @@ class Session:
             solver=self.solver,
             guidance=config.sampler.guidance,
         )
+        finite = rollout.finite(latents)
         carry, pixels = self._decode(state.carry, latents, first=position.latents == 0)
         text = state.text
         if position.opens_shot:
             text = progress.model.prompt_kv([position.prompt])
-        chunk = PendingChunk(position, latents, pixels, 0, begun)
+        chunk = PendingChunk(position, latents, pixels, finite, 0, begun)
         place.commit(progress.begun(chunk), State(memory, carry, text))
 
     def _decode(self, carry: VAECarry, latents: Latents, *, first: bool):
@@ -309,6 +320,7 @@ class Session:
     def _consume(self, ask: Ask) -> Frames | None:
         """The next frames, or None where `ask` wants no more."""
         while True:
+            interrupts.stop.check()
             with self._in_turn():
                 waited = self._await(ask)
                 if waited is None:
@@ -330,11 +342,15 @@ class Session:
     def _hand_over(
         self, seen: Progress, arrived: Arrived | None, limit: int | None
     ) -> Frames | None:
-        """Hands over what was waited for, or None where that was taken or rewound meanwhile."""
+        """Hands over what was waited for, or None where that was taken or rewound meanwhile, or a
+        signal waits, whose handler may raise: nobody would get the frames.
+        """
         with self._held() as place:
             if not place.progress.has(seen, arrived is not None):
                 return None
             progress, frames = place.progress.handed_over(arrived, limit)
+            if interrupts.hold.pending:
+                return None
             place.commit(progress)
             return frames
 

@@ -7,10 +7,8 @@ that file is complete, and so playable.
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import queue
-import signal
 import threading
 from collections.abc import Iterator
 
@@ -19,7 +17,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from jaxtyping import UInt8
 
-from longlive_jax import output
+from longlive_jax import interrupts, output
 
 
 class VideoWriter:
@@ -44,12 +42,16 @@ class VideoWriter:
         self.path = path
         self.frames = 0
         self.complete = False  # the file has its name
-        self._part = output.part(path)
         self._failed = False
         with output.writing(path):
-            self._container = av.open(
-                str(self._part), "w", format=output.FORMATS[path.suffix.lower()]
-            )
+            self._part = output.Part(path)
+            try:
+                self._container = av.open(
+                    str(self._part.path), "w", format=output.FORMATS[path.suffix.lower()]
+                )
+            except BaseException:
+                self._part.discard()
+                raise
         self._stream = self._container.add_stream("libx264", rate=fps)
         self._stream.options = {"crf": str(crf), "preset": "veryfast"}
 
@@ -58,7 +60,7 @@ class VideoWriter:
 
     def write(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
         """Appends frames; height and width are even, and those of the first call."""
-        with _uninterrupted(), self._guarded():
+        with interrupts.hold, self._guarded():
             if not self.frames:
                 self._open(*frames.shape[1:3])
             for frame in frames:
@@ -67,18 +69,18 @@ class VideoWriter:
 
     def close(self) -> None:
         """Completes and names the file; removes it if it has no frames or writing has failed."""
-        with _uninterrupted():
+        with interrupts.hold:
             try:
                 if self.frames and not self._failed:
                     with self._guarded():
                         self._container.mux(self._stream.encode(None))
                         self._container.close()
-                        os.replace(self._part, self.path)
+                        self._part.finish()
                     self.complete = True
             finally:
                 with contextlib.suppress(OSError, av.FFmpegError):
                     self._container.close()
-                self._part.unlink(missing_ok=True)
+                self._part.discard()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -146,7 +148,7 @@ class BackgroundWriter:
 
     def write(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
         """Hands frames over, as for `VideoWriter.write`; they must not be changed afterwards."""
-        with _uninterrupted():
+        with interrupts.hold:
             # No earlier, where Ctrl-C could come between the start and the context that ends it.
             if self._thread is None:
                 thread = threading.Thread(target=self._encode, name="video", daemon=True)
@@ -157,7 +159,7 @@ class BackgroundWriter:
 
     def close(self) -> None:
         """Waits for the thread, then does what `VideoWriter.close` does."""
-        with _uninterrupted():
+        with interrupts.hold:
             if self._thread is not None:
                 self._waiting.put(None)
                 self._thread.join()
@@ -187,19 +189,3 @@ def _picture(frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
     return rgb.reformat(
         format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
     )
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block. Signals only reach the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held = []
-    previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            signal.raise_signal(signal.SIGINT)

@@ -13,7 +13,6 @@ import math
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longlive_jax import interrupts, output
 from longlive_jax.convert import source, table
 from longlive_jax.convert.source import Tensors
 from longlive_jax.convert.table import Pending, Row
@@ -143,14 +143,14 @@ def place(abstract: M, tensors: Tensors, *, dtype, sharding: Sharding | None = N
     flat = flatten(abstract)
     shapes = arrays(flat)
     table.plan(shapes, [Row(path, path) for path in shapes], tensors)
-    put = {
-        path: _to_device(
+    put = {}
+    for path, leaf in shapes.items():
+        interrupts.stop.check()
+        put[path] = _to_device(
             tensors[path],
             dtype if path in flat else leaf.dtype,
             sharding and sharding(path, leaf.shape),
         )
-        for path, leaf in shapes.items()
-    }
     return unflatten(abstract, filled(flat, put))
 
 
@@ -239,29 +239,22 @@ def _make_folder(folder: pathlib.Path) -> None:
         raise InputError(f'cannot write to "{folder}": {error.strerror}') from error
 
 
-def check_new(folder: pathlib.Path) -> None:
-    """Raises InputError where something is in the way of a new folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; name a new folder")
-
-
 @contextlib.contextmanager
 def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which gets its name when all went well, and vanishes when not."""
-    try:
+    with output.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder.parent}: {error.strerror}") from error
+        part = output.Part(folder, folder=True)
     try:
-        yield stage
-        stage.chmod(0o755)
-        stage.replace(folder)
-    except OSError as error:
-        why = "the disk is full" if error.errno in _FULL else error.strerror or error
-        raise InputError(f"cannot write {folder}: {why}") from error
+        with output.writing(folder):
+            yield part.path
+            with interrupts.hold:
+                part.finish()
+    except InputError as error:
+        # What is said of the hidden folder is said of the one that was asked for.
+        raise InputError(str(error).replace(str(part.path), str(folder))) from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        part.discard()
 
 
 def _remove_folder(path: pathlib.Path) -> None:
@@ -293,6 +286,7 @@ def _write_file(
 def _write_tensor(file: BinaryIO, name: str, entry: Pending, dtype) -> None:
     written = 0
     for piece in entry.pieces():
+        interrupts.stop.check()
         data = np.ascontiguousarray(piece, _cast(entry.dtype, dtype)).reshape(-1).view(np.uint8)
         _put(file, data)
         written += data.nbytes

@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from longlive_jax import config, weights
+from longlive_jax.config import SHIPPED
 from longlive_jax.convert import export, family, run, table
-from longlive_jax.model import SHIPPED
 
 DIT = config.DiTConfig(
     dim=64,

@@ -26,12 +26,12 @@ from test_dit import run as forward
 
 import longlive_jax
 from longlive_jax import cli, config, layers, lora, weights
+from longlive_jax.config import SHIPPED
 from longlive_jax.convert import family, nvfp4, run, table, wan_dit, wan_vae
 from longlive_jax.convert.lora import LINEARS
 from longlive_jax.convert.source import Stored, Tensors
 from longlive_jax.dit import mask
 from longlive_jax.errors import InputError
-from longlive_jax.model import SHIPPED
 from longlive_jax.vae import vae as vaes
 
 torch = parity.optional("torch")

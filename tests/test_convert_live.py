@@ -12,9 +12,9 @@ import wan
 from test_dit import run as forward
 
 from longlive_jax import config, weights
+from longlive_jax.config import SHIPPED
 from longlive_jax.convert import run
 from longlive_jax.dit import mask
-from longlive_jax.model import SHIPPED
 from longlive_jax.text.umt5 import encode
 from longlive_jax.vae import vae as vaes
 

@@ -23,9 +23,8 @@ from documented import DOCUMENTS, GROUPS, INSTALLS, NAMES, ROOT, TESTS
 
 import longlive_jax
 from longlive_jax import bench_model, cli, config, lora, model, plan
-from longlive_jax.config import TINY
+from longlive_jax.config import SHIPPED, TINY
 from longlive_jax.eval import run as suites
-from longlive_jax.model import SHIPPED
 
 LIMIT = 600  # seconds after which a command is taken to hang
 SIDE = 64  # pixels of a picture

@@ -12,10 +12,10 @@ import pytest
 import longlive_jax
 from longlive_jax import cli
 from longlive_jax.bench import CompileClock
+from longlive_jax.config import SHIPPED
 from longlive_jax.data.caption import Thing
 from longlive_jax.errors import InputError
 from longlive_jax.eval import toy
-from longlive_jax.model import SHIPPED
 
 RED = "a red circle moves left over a black background"
 BLUE = "a blue circle moves left over a black background"

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 import longlive_jax
 from longlive_jax import config, weights
 from longlive_jax import lora as loras
+from longlive_jax.config import SHIPPED
 from longlive_jax.convert import table
 from longlive_jax.convert.source import Stored, Tensors, open_checkpoint
 from longlive_jax.convert.table import LINEAR, NameMismatch, Pending, Row
 from longlive_jax.errors import InputError
-from longlive_jax.model import SHIPPED
 from longlive_jax.vae.vae import VAE
 
 LAYERS, WIDTH = 8, 512  # a megabyte of float32 a layer

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, choosing, define_model, report_path
+from longlive_jax.commands.shared import Load, check_report, choosing, define_model
 from longlive_jax.errors import InputError
 
 SIZES = ("preset", "random_weights")
@@ -101,8 +101,7 @@ def run(values: flags.FlagValues, load: Load) -> None:
         request.check_seconds(options["seconds"])
     if "model" in suite.others:
         request.check_model(values.model)
-    target = report_path(values)
-    output.check_report(target)
+    target = check_report(values)
 
     from longlive_jax import cache_dir, cpu_devices
 

@@ -6,7 +6,7 @@ import pathlib
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, report_path
+from longlive_jax.commands.shared import Load, check_report
 from longlive_jax.errors import InputError
 
 
@@ -29,6 +29,8 @@ def run(values: flags.FlagValues, load: Load) -> None:
     if not values.task or not values.dir:
         raise InputError("say which folder: longlive data check DIR")
 
+    target = check_report(values, ("DIR", pathlib.Path(values.dir)))
+
     from longlive_jax.data import check
 
-    check.run(pathlib.Path(values.dir), report_path(values), values.preset)
+    check.run(pathlib.Path(values.dir), target, values.preset)

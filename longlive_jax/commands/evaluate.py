@@ -7,7 +7,7 @@ import json
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, choosing, define_model, report_path
+from longlive_jax.commands.shared import Load, check_report, choosing, define_model
 
 
 def define(values: flags.FlagValues) -> None:
@@ -25,8 +25,7 @@ def run(values: flags.FlagValues, load: Load) -> None:
     from longlive_jax import output, request
 
     request.check_model(values.model)
-    target = report_path(values) or output.STDOUT
-    output.check_report(target)
+    target = check_report(values) or output.STDOUT
 
     from longlive_jax.eval import run  # imports JAX
 

@@ -81,6 +81,7 @@ def run(values: flags.FlagValues, load: Load) -> None:
         stream=stream_choices(values),
         resume=path_of(values.resume),
         save=path_of(values["save-session"].value),
+        lora=path_of(values.lora),
     )
     drafts = request.check()
 

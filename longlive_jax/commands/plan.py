@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, report_path
+from longlive_jax.commands.shared import Load, check_report
 from longlive_jax.errors import InputError
 
 GENERATION = ("precision", "kv", "guidance")  # flags that say nothing of training
@@ -56,9 +56,8 @@ def run(values: flags.FlagValues, load: Load) -> None:
         raise InputError(f"say which model: --preset {', '.join(plan.PRESETS)}")
     kind = "training" if values.train else "generation"
     _refuse(values, GENERATION if values.train else TRAINING, kind)
-    target = report_path(values)
     planner, ask = _training(values) if values.train else _generation(values)
-    output.check_report(target)
+    target = check_report(values)
     made = planner.make(ask)
     planner.show(made, to_stderr=target == output.STDOUT)
     output.write_report(target, made.to_json())

@@ -12,7 +12,8 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax import backends
+from longlive_jax import backends, output
+from longlive_jax.config import folder_of
 from longlive_jax.errors import InputError
 
 Load = Callable[..., Any]  # of a model's name, and the keywords of `longlive_jax.load`
@@ -122,6 +123,29 @@ def check_file(flag: str, path: str | None) -> None:
         raise InputError(f"say which file: {flag} FILE")
     if not pathlib.Path(path).exists():
         raise InputError(f"{flag}: there is no {path}")
+
+
+def check_report(
+    values: flags.FlagValues, *inputs: tuple[str, pathlib.Path | None]
+) -> pathlib.Path | None:
+    """Where `--json` points, checked: it can be written, and is none of what the command reads.
+
+    Args:
+      values: The command's.
+      inputs: Files and folders that it reads, each with its flag; `--model` and `--lora` are known.
+
+    Raises:
+      InputError: it cannot be used.
+    """
+    target = path_of(values.json)
+    read = list(inputs)
+    if "model" in values:
+        read.append(("--model", folder_of(values.model)))
+    if "lora" in values:
+        read.append(("--lora", path_of(values.lora)))
+    output.check_apart(read, [("--json", target)])
+    output.check_report(target)
+    return target
 
 
 def path_of(value: str | None) -> pathlib.Path | None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longlive_jax import config, lora, weights
+from longlive_jax import config, lora, output, weights
 from longlive_jax.config import ModelConfig, Precision
 from longlive_jax.convert import export, family, nvfp4, table
 from longlive_jax.convert.family import Part, PartConfig, Source
@@ -68,7 +68,7 @@ def convert(
     Raises:
       InputError: something is not as it should be; nothing has been written then.
     """
-    weights.check_new(to)
+    output.check_new_folder(to)
     sources = [family.read(path, ema=ema) for path in paths]
     parts, configs = combine(sources)
     if not parts:

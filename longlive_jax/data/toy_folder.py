@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from longlive_jax import weights
+from longlive_jax import output, weights
 from longlive_jax.data import toy_world
 from longlive_jax.events import CUT_PREFIX
 from longlive_jax.video import VideoWriter
@@ -33,7 +33,7 @@ def write(
     Raises:
       InputError: it cannot be written, or is there already.
     """
-    weights.check_new(root)
+    output.check_new_folder(root)
     made = scripts(seed, samples, chunks, recipe)
     with weights.new_folder(root) as stage:
         for number, script in enumerate(made):

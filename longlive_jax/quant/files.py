@@ -21,6 +21,7 @@ from longlive_jax.config import Precision
 from longlive_jax.convert.source import spec_of
 from longlive_jax.convert.table import Pending
 from longlive_jax.errors import InputError
+from longlive_jax.output import check_new_folder
 from longlive_jax.quant import kernels, transformer
 
 _PART = "dit"
@@ -40,7 +41,7 @@ def run(name: str | os.PathLike, output: str | os.PathLike, how: Precision) -> N
         raise InputError(f"the matrices of {source} are in fewer bits already")
     if (source / "lora.safetensors").exists():
         raise InputError(f"{source} has a LoRA: merge it first (longlive merge-lora)")
-    weights.check_new(target)
+    check_new_folder(target)
     tensors = weights.read(source, _PART)
     specs = {path: spec_of(tensors, path) for path in tensors}
     transformer.check({path: spec.shape for path, spec in specs.items()}, how)

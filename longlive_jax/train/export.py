@@ -14,6 +14,7 @@ from longlive_jax import config, model, weights
 from longlive_jax.convert.source import spec_of
 from longlive_jax.convert.table import Pending
 from longlive_jax.errors import InputError
+from longlive_jax.output import check_new_folder
 from longlive_jax.train.checkpoint import Checkpoints
 
 
@@ -27,7 +28,7 @@ def run(workdir: pathlib.Path, output: pathlib.Path) -> int:
       InputError: there is no checkpoint, it or the model cannot be read, what was learned is a
         LoRA, or `output` is there.
     """
-    weights.check_new(output)
+    check_new_folder(output)
     folder = workdir.absolute() / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{workdir} holds no training run")
