@@ -13,7 +13,7 @@ from absl import flags
 from test_report import check_schema
 from test_video import read
 
-from longlive_jax import cache_dir, cli, timeline
+from longlive_jax import cache_dir, cli, output, timeline
 from longlive_jax.config import Recache
 from longlive_jax.errors import InputError
 
@@ -205,9 +205,18 @@ def test_what_the_model_refuses_is_a_sentence_too(longlive):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is full")
-def test_no_space_left_is_a_sentence_and_leaves_nothing(longlive):
-    # The unfinished file is put on a device that takes nothing.
-    os.symlink("/dev/full", f".out.mp4.{os.getpid()}.part")
+class FullPart(output.Part):
+    """The unfinished file of a video is on a device that takes nothing."""
+
+    def __init__(self, target, **options):
+        super().__init__(target, **options)
+        if target.suffix == ".mp4":
+            self.path.unlink()
+            self.path.symlink_to("/dev/full")
+
+
+def test_no_space_left_is_a_sentence_and_leaves_nothing(longlive, monkeypatch):
+    monkeypatch.setattr(output, "Part", FullPart)
     model = fake.Model(noise=True)
     code, _, err = longlive("generate", "--prompt", "x", "--seconds", "60", model=model)
     assert code == 2

@@ -145,15 +145,18 @@ def test_a_chunk_that_another_process_made_takes_no_time(tiny, tmp_path):
 
 
 def test_a_session_saved_again_is_replaced_whole(tiny, tmp_path):
-    """Nothing of the earlier one is left, beside it neither."""
+    """Nothing of the earlier one is left, nor of runs that were killed; what is not ours stays."""
     folder, link = tmp_path / "session", tmp_path / "link"
     link.symlink_to(folder)
     session = begun(tiny, 0)
     session.begin_chunk()
+    (tmp_path / ".session.0123abcd.part" / "arrays").mkdir(parents=True)
     session.save(folder)
     (folder / "mine").touch()
-    (tmp_path / f".session.{os.getpid()}.old").mkdir()  # of a process that was killed
-    (tmp_path / f".session.{os.getpid()}.old" / "file").touch()
+    for name in ("arrays-0123abcd", "arrays-4567abcd.orbax-checkpoint-tmp"):
+        (folder / name).mkdir()
+        (folder / name / "file").touch()
+    (folder / ".session.json.0123abcd.part").touch()
     session.next_chunk()
     for name in (folder, link, link):
         session.switch(BLUE, "keep")
@@ -161,7 +164,9 @@ def test_a_session_saved_again_is_replaced_whole(tiny, tmp_path):
         restored = longlive_jax.restore(name, model=tiny)
         assert_same(restored, session)
         assert not restored.progress.ahead
-    assert sorted(path.name for path in folder.iterdir()) == ["arrays", "session.json"]
+    arrays, *others = sorted(path.name for path in folder.iterdir())
+    assert others == ["mine", "session.json"]
+    assert json.loads((folder / "session.json").read_text())["arrays"] == arrays
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "session"]
     assert link.is_symlink()
 
@@ -338,15 +343,12 @@ def test_a_folder_that_is_something_else_stays(tiny, tmp_path):
     assert_go_on_the_same(session, other)
 
 
-STEPS = {  # of a save: what is done to which path
-    "the first": ("mkdir", lambda path: path.name == "saved"),
-    "the facts": ("write_text", lambda path: path.name == "session.json"),
-    "the last": ("chmod", lambda path: path.name.startswith(".session.")),
-    "away with the earlier": ("replace", lambda path: path.name == "session"),
-    "the new in its place": (
-        "replace",
-        lambda path: path.name.startswith(".session.") and not path.name.endswith(".old"),
-    ),
+STEPS = {  # of a save: what is done to which path, by whom
+    "the check": (pathlib.Path, "iterdir", lambda path: path.name == "session"),
+    "the arrays": (saved, "_write_arrays", lambda path: path.name.startswith("arrays")),
+    "a place for the facts": (pathlib.Path, "touch", lambda path: "json" in path.name),
+    "the facts": (pathlib.Path, "write_text", lambda path: "json" in path.name),
+    "the exchange": (os, "replace", lambda path: "json" in path.name),
 }
 
 
@@ -362,9 +364,10 @@ def test_a_save_that_fails_leaves_the_earlier_one(tiny, tmp_path, monkeypatch):
     def assert_earlier(step):
         assert_same(longlive_jax.restore(folder, model=tiny), earlier)
         assert [path.name for path in folder.parent.iterdir()] == ["session"], step
+        assert sorted(path.name for path in folder.iterdir()) == ["arrays", "session.json"], step
 
-    for step, (name, concerns) in STEPS.items():
-        do, failed = getattr(pathlib.Path, name), []
+    for step, (place, name, concerns) in STEPS.items():
+        do, failed = getattr(place, name), []
 
         def fail(path, *arguments, do=do, concerns=concerns, failed=failed, **options):
             if concerns(path):
@@ -373,10 +376,10 @@ def test_a_save_that_fails_leaves_the_earlier_one(tiny, tmp_path, monkeypatch):
             return do(path, *arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(pathlib.Path, name, fail)
+            patch.setattr(place, name, fail)
             with pytest.raises(InputError, match="cannot write .*: not permitted"):
                 session.save(folder)
-        assert len(failed) == 1, step
+        assert failed, step
         assert_earlier(step)
 
     def interrupted(*_):
@@ -397,5 +400,5 @@ def test_a_full_disk_leaves_the_earlier_session(tmp_path):
     pytest.importorskip("resource")
     folder = tmp_path / "session"
     *said, earlier, later = python(RUN_OUT, folder, 100, 1000, 3000)
-    assert said == [f"cannot write {folder}: File too large"] * 3
+    assert said == [f"cannot write {folder}: file too large"] * 3
     assert (earlier, later) == ("a red circle", "a blue square")

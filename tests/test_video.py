@@ -131,7 +131,7 @@ def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, monkeypatch, Writer)
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("longlive_jax.video.os.replace", full)
+    monkeypatch.setattr("longlive_jax.output.os.replace", full)
     with (
         pytest.raises(InputError, match="no space left on device"),
         Writer(tmp_path / "video.mp4", 16) as writer,
