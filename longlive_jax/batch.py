@@ -195,19 +195,18 @@ class Batch:
             self._begin()
             seen = {session: session.progress for session in self._sessions()}
         arrived = {session: progress.wait_all() for session, progress in seen.items()}
-        frames = {}
+        handed = {}
         with self._lock:
-            present = [session for session in seen if session in self]
-            for session in present:  # all, before any is handed over
-                for chunk, came in zip(seen[session].ahead, arrived[session], strict=True):
-                    _check_finite(session, chunk, came)
+            for session in filter(self.__contains__, seen):
+                progress = session.progress
+                if progress.has(seen[session], len(arrived[session])):
+                    handed[session] = _handed_over(session, progress, arrived[session])
             if interrupts.hold.pending:
                 return None
-            for session in present:
-                handed = session._hand_over_all(seen[session], arrived[session])
-                if handed is not None:
-                    frames[session] = handed
-        return frames
+            # All or none: a signal or an error comes before the first is committed.
+            for session, (progress, _) in handed.items():
+                session._place.commit(progress)
+        return {session: frames for session, (_, frames) in handed.items()}
 
     def _sessions(self) -> list[Session]:
         """Who is in it, by row, then who waits for a first chunk."""
@@ -294,9 +293,11 @@ class Batch:
         place.leave()
 
 
-def _check_finite(session: Session, chunk: PendingChunk, arrived: Arrived) -> None:
+def _handed_over(
+    session: Session, progress: Progress, arrived: tuple[Arrived, ...]
+) -> tuple[Progress, Frames]:
     try:
-        arrived.check(chunk.position)
+        return progress.all_handed_over(arrived)
     except NotFiniteError as error:
         raise NotFiniteError(str(error), session) from None
 

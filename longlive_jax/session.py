@@ -231,11 +231,7 @@ class Session:
         while True:
             with self._in_turn():
                 seen = self._open_progress()
-                arrived = seen.wait_all()
-                # A signal that waits may raise as soon as its handler runs.
-                frames = None
-                if not interrupts.hold.pending:
-                    frames = self._hand_over_all(seen, arrived)
+                frames = self._hand_over_all(seen, seen.wait_all())
             if frames is not None:
                 return frames
 
@@ -355,10 +351,13 @@ class Session:
             return frames
 
     def _hand_over_all(self, seen: Progress, arrived: tuple[Arrived, ...]) -> Frames | None:
+        """Hands over all that was waited for; None as of `_hand_over`."""
         with self._held() as place:
             if not place.progress.has(seen, len(arrived)):
                 return None
             progress, frames = place.progress.all_handed_over(arrived)
+            if interrupts.hold.pending:
+                return None
             place.commit(progress)
             return frames
 
