@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from longlive_jax import interrupts, rollout
+from longlive_jax import arguments, interrupts, rollout
 from longlive_jax.errors import NotFiniteError, SessionError
 from longlive_jax.progress import (
     Arrived,
@@ -103,11 +103,13 @@ class Batch:
       model: Whose sessions they are.
       size: How many there can be; one program serves any number of them.
       steps: Denoising steps, the same for all; None is the model's own number.
+
+    Raises:
+      InputError: a number is out of range.
     """
 
     def __init__(self, model: Model, size: int, *, steps: int | None = None):
-        if size < 1:
-            raise SessionError(f"a batch has at least 1 row, not {size}")
+        size = arguments.whole("the size of a batch", size, 1)
         self.model, self.size, self.solver = model, size, model.solver(steps)
         text = model.prompt_kv([""] * size)
         carry = coder.init_carry(model.vae, size, model.config.height, model.config.width)

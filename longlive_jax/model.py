@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax import config, opening, rollout, sampler, weights
+from longlive_jax import arguments, config, opening, rollout, sampler, weights
 from longlive_jax import lora as loras
 from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig, folder_of
 from longlive_jax.convert.table import NameMismatch, Pending
@@ -77,7 +77,7 @@ class Model:
         """Begins a video.
 
         Args:
-          seed: The same seed and the same changes make the same video.
+          seed: From 0 to 2**32 - 1; the same seed and the same changes make the same video.
           steps: Denoising steps; None is the model's own number.
           image: What the video begins with: a file, or uint8 [H, W, 3]. Its latent is held clean.
           video: A clip that it continues: a file, or uint8 [t, H, W, 3] at the model's FPS.
@@ -86,7 +86,8 @@ class Model:
             device.
 
         Raises:
-          InputError: the prompt is empty, or a picture cannot be read or is too short.
+          InputError: the prompt is empty, a number is out of range, or a picture cannot be read or
+            is too short.
         """
         begin = functools.partial(opening.begin, self, prompt, seed=seed, steps=steps)
         return begin(image=image, video=video, history=history, vae_device=vae_device)
@@ -156,9 +157,15 @@ class Model:
         return _text_kv(self.dit, self.text(rows))
 
     def solver(self, steps: int | None = None) -> sampler.Solver:
-        """The config's solver, with its own number of steps or another."""
+        """The config's solver, with its own number of steps or another.
+
+        Raises:
+          InputError: there are no such steps.
+        """
         cfg = self.config.sampler
-        return sampler.make(cfg if steps is None else dataclasses.replace(cfg, steps=steps))
+        if steps is not None:
+            cfg = dataclasses.replace(cfg, steps=arguments.steps(steps))
+        return sampler.make(cfg)
 
     @functools.cached_property
     def fingerprint(self) -> str:

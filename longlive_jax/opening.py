@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from longlive_jax import rollout, timeline
+from longlive_jax import arguments, rollout, timeline
 from longlive_jax.errors import InputError
 from longlive_jax.progress import Position, Progress
 from longlive_jax.rollout import Latents
@@ -36,13 +36,12 @@ def begin(
     vae_device: jax.Device | None = None,
 ) -> Session:
     """See `Model.session`."""
-    prompt = prompt.strip()
-    if not prompt:
-        raise InputError("the prompt is empty")
+    prompt = arguments.prompt(prompt)
+    seed = arguments.seed(seed)
+    history = arguments.whole("history", history, 0)
+    solver = model.solver(steps)
     if image is not None and video is not None:
         raise InputError("a video begins with an image or continues a clip, not both")
-    if history < 0:
-        raise InputError(f"history is a number of chunks from 0 on, not {history}")
     cfg, text, given, notes = model.config, model.prompt_kv([prompt]), None, ()
     if image is not None:
         given, note = picture(model, image)
@@ -62,7 +61,7 @@ def begin(
     frame = timeline.first_frame(cfg, position.latents)
     progress = Progress(model, position, frame, Past(history))
     choices = dict(given=given, vae_device=vae_device, notes=notes, seed=seed)
-    return Session(state, progress, solver=model.solver(steps), **choices)
+    return Session(state, progress, solver=solver, **choices)
 
 
 def picture(model: Model, image: Pixels) -> tuple[Latents, str]:

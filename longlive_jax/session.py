@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from longlive_jax import interrupts, rollout, timeline
+from longlive_jax import arguments, interrupts, rollout, timeline
 from longlive_jax.config import Recache
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.events import CUT_PREFIX, MODES, Event, in_order
@@ -163,7 +163,7 @@ class Session:
         Raises:
           SessionError: the session is closed.
           NotFiniteError: the chunk holds NaN or infinity, and so will all that follow it. `rewind`
-            takes it back.
+            goes back to before it.
         """
 
         def ask(place: Place) -> None:
@@ -249,8 +249,7 @@ class Session:
     ) -> Ask:
         """Asks for the chunks of a stream, which begins when it is called first."""
         config = self._open_progress().model.config
-        if not 0 <= lookahead <= 1:
-            raise InputError(f"lookahead is 0 or 1 chunks, not {lookahead}")
+        lookahead = arguments.whole("lookahead", lookahead, 0, 1)
         limit = None
         if seconds is not None:
             limit = timeline.frame_count(config, seconds)
@@ -473,7 +472,10 @@ class Session:
 
         Raises:
           SessionError: the session is closed.
+          InputError: the seed is not from 0 to 2**32 - 1.
         """
+        self._check_open()
+        seed = None if seed is None else arguments.seed(seed)
         with self._held() as place:
             progress, state = place.progress, jax.tree.map(jnp.copy, place.state())
         if seed is not None:
@@ -500,8 +502,7 @@ class Session:
           SessionError: more chunks than `history` kept, or the session is closed.
         """
         self._check_open()
-        if chunks < 1:
-            raise InputError(f"rewinding takes back at least 1 chunk, not {chunks}")
+        chunks = arguments.whole("chunks to take back", chunks, 1)
         with self._held() as place:
             progress, past = place.progress, place.progress.past
             back = chunks + len(progress.ahead)
@@ -538,9 +539,7 @@ class Session:
 
     def _checked(self, prompt: str) -> str:
         self._check_open()
-        if not prompt.strip():
-            raise InputError("the prompt is empty")
-        return prompt.strip()
+        return arguments.prompt(prompt)
 
     def _check_open(self) -> None:
         if self.closed:

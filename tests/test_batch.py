@@ -26,7 +26,7 @@ from test_session import tiny as tiny  # a fixture
 import longlive_jax
 from longlive_jax.batch import Batch
 from longlive_jax.bench import CompileClock
-from longlive_jax.errors import SessionError
+from longlive_jax.errors import InputError, SessionError
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_who_cannot_join_is_told_why(tiny):
     with pytest.raises(SessionError, match="all 3 rows of the batch are taken"):
         other.add(begun(tiny, 0))
     assert set(other.next_chunks()) == {session, waiting, third}
-    with pytest.raises(SessionError, match="at least 1 row"):
+    with pytest.raises(InputError, match="the size of a batch must be a whole number from 1 on"):
         Batch(tiny, 0)
 
 
