@@ -53,5 +53,8 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 40 else f"{text[:40]}..."

@@ -11,7 +11,7 @@ from test_session import tiny as tiny  # a fixture
 from test_video import read
 
 import longlive_jax
-from longlive_jax import cli, rollout
+from longlive_jax import arguments, cli, rollout
 from longlive_jax.batch import Batch
 from longlive_jax.errors import InputError, NotFiniteError
 
@@ -104,15 +104,12 @@ def test_nothing_to_hand_over_is_no_frames(tiny):
 
 
 WRONG = {
-    "no prompt": (lambda m, s: m.session(None), "a prompt is a string, not None"),
-    "a number": (lambda m, s: s.switch(5), "a prompt is a string, not 5"),
-    "a cut to bytes": (lambda m, s: s.cut(b"x"), "a prompt is a string"),
+    "blank": (lambda m, s: m.session(" "), "the prompt is empty"),
+    "blank switch": (lambda m, s: s.switch(""), "the prompt is empty"),
     "no steps": (lambda m, s: m.session(RED, steps=0), "steps must be a whole number from 1"),
-    "half a step": (lambda m, s: m.session(RED, steps=1.5), "steps must be a whole number"),
     "many steps": (lambda m, s: m.session(RED, steps=1001), "from 1 to 1000, not 1001"),
     "a seed": (lambda m, s: m.session(RED, seed=-1), "the seed must be a whole number from 0"),
     "a fork's": (lambda m, s: s.fork(2**70), "the seed must be a whole number from 0"),
-    "a text": (lambda m, s: s.fork("x"), "the seed must be a whole number"),
     "history": (lambda m, s: m.session(RED, history=-1), "history must be a whole number"),
     "rewind": (lambda m, s: s.rewind(0), "chunks to take back must be a whole number from 1 on"),
     "lookahead": (lambda m, s: s.stream(1.0, lookahead=2), "lookahead must be a whole number"),
@@ -126,3 +123,25 @@ def test_wrong_values_are_one_sentence(tiny, case):
     act, said = WRONG[case]
     with pytest.raises(InputError, match=said):
         act(tiny, tiny.session(RED))
+
+
+# Of other types than are annotated, which the checks of types in tests would refuse before.
+@pytest.mark.parametrize(
+    ("check", "value", "said"),
+    [
+        (arguments.prompt, None, "a prompt is a string, not None"),
+        (arguments.prompt, b"x", "a prompt is a string, not b'x'"),
+        (arguments.seed, "x", "the seed must be a whole number from 0 to 4294967295, not 'x'"),
+        (arguments.seed, 1.0, "the seed must be a whole number"),
+        (arguments.steps, [1], "steps must be a whole number from 1 to 1000"),
+        (arguments.steps, 10**5000, "steps must be a whole number from 1 to 1000"),
+    ],
+    ids=range(6),
+)
+def test_values_of_other_types_are_one_sentence(check, value, said):
+    with pytest.raises(InputError, match=said):
+        check(value)
+
+
+def test_integers_of_numpy_are_integers():
+    assert arguments.seed(np.uint32(7)) == 7 and type(arguments.steps(np.int64(4))) is int
