@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from longlive_jax import bench_compile, bench_kernels_table, report
+from longlive_jax import bench_compile, bench_kernels_table, interrupts, report
 from longlive_jax.bench_ops import OPS, Case, Op
 from longlive_jax.errors import InputError
 
@@ -239,6 +239,7 @@ class Timer:
         runs: dict[str, Callable[[], Any]] = {}  # by what the program says
         says: dict[str, str] = {}
         for name, backend in backends.items():
+            interrupts.stop.check()
             try:
                 text, program = self._program(backend, operands)
             except Exception as error:  # noqa: BLE001  # of one backend: a row, not the end

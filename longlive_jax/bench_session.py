@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from longlive_jax import report, saved, timeline
+from longlive_jax import interrupts, report, saved, timeline
 from longlive_jax.batch import Batch
 from longlive_jax.bench import PROMPTS, CompileClock
 from longlive_jax.config import Recache
@@ -136,6 +136,7 @@ class SessionReport(report.Head):
 
 def timed(act: Callable[[], Any]) -> float:
     """Seconds that a call takes."""
+    interrupts.stop.check()
     start = time.perf_counter()
     act()
     return time.perf_counter() - start

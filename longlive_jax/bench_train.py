@@ -21,7 +21,7 @@ from longlive_kernels.attention.chunk_table import Table as Rows
 from longlive_kernels.attention.chunk_table import chunk_table
 from longlive_kernels.attention.chunk_table.api import BACKENDS
 
-from longlive_jax import report, sharding, timeline, weights
+from longlive_jax import interrupts, report, sharding, timeline, weights
 from longlive_jax.config import ModelConfig
 from longlive_jax.dit import mask
 from longlive_jax.dit.attention import Table, as_table
@@ -146,6 +146,7 @@ def median_seconds(act: Callable[[], Any], repeat: int) -> float:
     jax.block_until_ready(act())
 
     def once() -> float:
+        interrupts.stop.check()
         start = time.perf_counter()
         jax.block_until_ready(act())
         return time.perf_counter() - start

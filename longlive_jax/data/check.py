@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from longlive_jax import output
+from longlive_jax import interrupts, output
 from longlive_jax.config import ModelConfig
 from longlive_jax.data import folder, montage
 from longlive_jax.data.folder import Footage, Sample
@@ -83,7 +83,14 @@ def check(root: pathlib.Path, config: ModelConfig = PRESETS["wan22_5b"]) -> Repo
     """
     samples = folder.samples(root)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        seen = list(pool.map(lambda sample: _look(root, sample, config), samples))
+        seen = []
+        try:
+            for one in pool.map(lambda sample: _look(root, sample, config), samples):
+                interrupts.stop.check()
+                seen.append(one)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     problems = itertools.chain(*(one.problems for one in seen), _orphans(root, samples))
     seconds = [s for one in seen for s in one.seconds]
     return Report(
