@@ -25,6 +25,7 @@ _HOMES = {
     "Event": "longlive_jax.events",
     "InputError": "longlive_jax.errors",
     "Model": "longlive_jax.model",
+    "NotFiniteError": "longlive_jax.errors",
     "Receipt": "longlive_jax.session",
     "Recache": "longlive_jax.config",
     "Session": "longlive_jax.session",
