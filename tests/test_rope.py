@@ -46,11 +46,11 @@ def test_time_between_half_frames():
 
 @every_preset
 def test_phases_are_small_and_space_does_not_move(dit):
-    """Angles stay within half a turn in time; rows and columns are the same in every frame."""
+    """Angles stay within half a turn; rows and columns are the same in every frame."""
     time, row, column = frequencies(dit)
     angles = np.asarray(phases(dit, jnp.asarray([[0.0, 7.5, 999_999.0]]), 3, 5))
     angles = angles.reshape(3, 3, 5, dit.head_dim // 2)
-    assert np.abs(angles[..., : len(time)]).max() <= np.float32(np.pi)
+    assert np.abs(angles).max() <= np.float32(np.pi)
     space = np.concatenate(
         [
             np.broadcast_to((np.arange(3)[:, None] * row)[:, None], (3, 5, len(row))),
@@ -58,4 +58,18 @@ def test_phases_are_small_and_space_does_not_move(dit):
         ],
         -1,
     )
+    space -= 2 * np.pi * np.round(space / (2 * np.pi))
     np.testing.assert_array_equal(angles[..., len(time) :], [space.astype(np.float32)] * 3)
+
+
+@every_preset
+def test_space_is_exact(dit):
+    """Rows and columns of the largest pictures turn by the float32 nearest to the exact angle."""
+    time, row, column = frequencies(dit)
+    angles = np.asarray(phases(dit, jnp.zeros((1, 1)), 64, 128), np.float64)
+    angles = angles.reshape(64, 128, -1)[..., len(time) :]
+    exact_rows = np.broadcast_to((np.arange(64)[:, None] * row)[:, None], (64, 128, len(row)))
+    exact_columns = np.broadcast_to(np.arange(128)[:, None] * column, (64, 128, len(column)))
+    away = angles - np.concatenate([exact_rows, exact_columns], -1)
+    turns = np.round(away / (2 * np.pi))
+    assert np.abs(away - 2 * np.pi * turns).max() < 1.3e-7

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from longlive_jax.config import DiTConfig
+from longlive_jax.dit.timestep import sinusoid
 from longlive_jax.layers import LayerNorm, Linear, RMSNorm, layer_norm
 
 
@@ -66,13 +67,6 @@ class TextKV:
             return self.k, self.v
         pick = jax.vmap(lambda x, segment: x[segment])
         return pick(self.k, self.segment), pick(self.v, self.segment)
-
-
-def sinusoid(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b dim"]:
-    """[cos, sin] of t at geometric frequencies (`model.py:sinusoidal_embedding_1d`)."""
-    scale = jnp.asarray(10000.0 ** (-np.arange(dim // 2) / (dim // 2)), jnp.float32)
-    angles = t.astype(jnp.float32)[..., None] * scale
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
 def modulate(x: Tokens, shift: Float[Array, "b m e"], scale: Float[Array, "b m e"]) -> Tokens:

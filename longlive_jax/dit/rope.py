@@ -37,14 +37,12 @@ def phases(
     """Angle of every token and complex channel; n = f * rows * columns, p = head_dim / 2.
 
     `frames` are temporal positions in latent frames: (start + index + shot offset) * time scale, by
-    the caller. Their angles lie in [-pi, pi].
+    the caller. All angles lie in [-pi, pi], where float32 is finest.
     """
     _, row, column = frequencies(cfg)
     f = in_time(cfg, frames)[:, :, None, None]  # b f 1 1 p
-    r = jnp.asarray(np.arange(rows)[:, None] * row, jnp.float32)[None, None, :, None]  # 1 1 h 1 p
-    c = jnp.asarray(np.arange(columns)[:, None] * column, jnp.float32)[
-        None, None, None
-    ]  # 1 1 1 w p
+    r = _table(rows, row)[None, None, :, None]  # 1 1 h 1 p
+    c = _table(columns, column)[None, None, None]  # 1 1 1 w p
     shape = (*frames.shape, rows, columns)
     angles = jnp.concatenate([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (f, r, c)], -1)
     return angles.reshape(frames.shape[0], -1, angles.shape[-1])  # b n p
@@ -58,6 +56,15 @@ def in_time(cfg: DiTConfig, frames: Float[Array, "b f"]) -> Float[Array, "b f t"
 def in_space(angles: Float[Array, "b n p"], pairs: int) -> Float[Array, "b n p"]:
     """Of `phases` those that turn with rows and columns; none of the first `pairs`."""
     return angles.at[..., :pairs].set(0.0)
+
+
+def _table(count: int, frequency: np.ndarray) -> Float[Array, "n p"]:
+    """Angles of the first `count` rows or columns. Whole turns are dropped in float64: a float32
+    angle of 100 rad is off by up to 4e-6.
+    """
+    angles = np.arange(count)[:, None] * frequency
+    angles -= 2 * np.pi * np.round(angles / (2 * np.pi))
+    return jnp.asarray(angles, jnp.float32)
 
 
 def _wrapped(position: Float[Array, "*b 1"], frequency: np.ndarray) -> Float[Array, "*b p"]:
