@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -305,3 +306,61 @@ def test_recache_changes_what_it_says(sinks):
     assert contents(again.held, 1) == contents(video.held, 1)
     kept = contents(again.held, 0).keys()
     assert kept >= {*range(11, 18)} and kept.isdisjoint({0, 1, 8}) == (sinks == "window")
+
+
+def passes(dit, cache, latents, text, written):
+    """One clean pass for each chunk of a single video, oldest first: it sees what is in the cache
+    up to itself, and writes what `written` says of its frames.
+    """
+    frame, chunk = (np.asarray(x[0]) for x in (cache.frame, cache.chunk))
+    for number in sorted({*chunk[frame >= 0].tolist()}):
+        own = np.flatnonzero((chunk == number) & (frame >= 0))
+        if not written[own].any():
+            continue
+        assert written[own].all()  # no chunk of these videos is written in part
+        visible = jnp.asarray((frame >= 0) & (chunk <= number))[None]
+        position = cache.frame + STREAM.shot_offset * cache.shot
+        position = jnp.take(position, own, axis=1).astype(jnp.float32)
+        taken, x = jnp.asarray(own, jnp.int32)[None], jnp.take(latents, own, axis=1)
+        zero = jnp.zeros((1, 1))
+        _, cache = streams.call(dit, cache, taken, visible, position, x, zero, text)
+    return cache
+
+
+def alone(video, row):
+    """A row of a rollout as a rollout of its own."""
+    cut = lambda x: x[row : row + 1]  # noqa: E731
+    of_layers = dict(k=video.cache.k[:, row : row + 1], v=video.cache.v[:, row : row + 1])
+    labels = {name: cut(getattr(video.cache, name)) for name in ("frame", "chunk", "shot")}
+    names = ("frame", "chunk", "shot", "key")
+    return dataclasses.replace(
+        video,
+        cache=dataclasses.replace(video.cache, **labels, **of_layers),
+        held=jax.tree.map(cut, video.held),
+        **{name: cut(getattr(video, name)) for name in names},
+    )
+
+
+@pytest.mark.parametrize("sinks", Recache.SINKS)
+def test_a_recache_is_a_clean_pass_of_each_chunk_in_turn(sinks):
+    """What the default form leaves is what the chunks would leave if they came again, one after the
+    other, over an empty cache: each attends itself and those before it. Sinks that are kept, those
+    of the shot included, are attended as the old prompt left them.
+    """
+    both, text = two_videos()
+    dit, video, text = wan.longlive2("gen"), alone(both, 0), jax.tree.map(lambda x: x[:, :1], text)
+    which, how = jnp.ones(1, bool), Recache(sinks=sinks)
+    again = streams.recache(dit, video, text, which, stream=STREAM, how=how).cache
+    frame = np.asarray(again.frame[0])
+    old = (
+        video.cache if sinks == "keep" else dataclasses.replace(again, k=again.k * 0, v=again.v * 0)
+    )
+    kept = np.isin(frame, [0, 1, 8]) & (sinks == "keep")
+    expected = passes(dit, old, slots.latents_of(video.held, again.frame), text, ~kept)
+    for ours, theirs, before in zip(
+        (again.k, again.v), (expected.k, expected.v), (video.cache.k, video.cache.v), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+        if sinks != "window":  # the same frames, most of them under another prompt
+            moved = np.abs(np.asarray(ours - before)).max((0, 1, 3, 4, 5))
+            np.testing.assert_array_equal(moved > 1e-4, ~kept)

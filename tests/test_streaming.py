@@ -160,6 +160,29 @@ def test_rows_are_independent(dit):
         assert np.abs(latents[1] - expected[0]).max() > 0.1
 
 
+def test_every_step_gets_noise_of_its_own(dit):
+    """Normal noise of (the video's key, the chunk, the step), as the formula of the sampler wants
+    it: independent from step to step, and from chunk to chunk.
+    """
+    cfg = SamplerConfig("renoise", steps=4, shift=5.0)
+    solver, shape = sampler.make(cfg), (STREAM.chunk, *streams.GRID, SMALL.channels)
+    video, text = streams.begin(dit, STREAM, cfg, seed=11), prompt(dit, 6)
+    seen = []
+    for chunk in range(2):
+        key = jax.random.fold_in(jax.random.key(11), chunk)
+        draws = [jax.random.normal(jax.random.fold_in(key, step), shape) for step in range(4)]
+        draws = jnp.stack(draws)[:, None]  # steps b f h w c
+        first = rollout.noise(video, STREAM.chunk)
+        np.testing.assert_array_equal(first, draws[0])
+        choices = dict(stream=STREAM, solver=solver)
+        _, expected = streams.denoise(dit, video, text, first, draws[1:], **choices)
+        video, latents = rollout.generate(dit, video, text, first, **choices)
+        np.testing.assert_allclose(latents, expected, atol=2e-5, rtol=0)
+        seen.extend(np.asarray(draws))
+    alike = np.corrcoef(np.reshape(seen, (len(seen), -1)))
+    assert np.abs(alike - np.eye(len(seen))).max() < 0.25
+
+
 def copy(video):
     """A fork: sessions are donated to what changes them."""
     return jax.tree.map(jnp.copy, video)

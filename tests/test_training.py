@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 
 from longlive_jax import weights
 from longlive_jax.config import DiTConfig, StreamConfig, TextConfig
@@ -131,6 +132,107 @@ def test_resuming_from_a_checkpoint_is_bit_exact(tmp_path):
     for name in ("weights", "ema"):
         for path, value in getattr(whole, name).items():
             np.testing.assert_array_equal(value, getattr(resumed, name)[path], err_msg=path)
+
+
+# The optimiser by value: gradients of three weights, norms on both sides of `RECIPE.clip`.
+RECIPE = train_state.OptimizerConfig(
+    learning_rate=0.1, steps=10, warmup=2, decay=0.5, floor=0.2, weight_decay=0.3, clip=1.0
+)
+# 2 steps up, a plateau until half of the 10, then down to a fifth of the rate.
+RATES = [0.0, 0.05, 0.1, 0.1, 0.1, 0.1, 0.084, 0.068, 0.052, 0.036, 0.02, 0.02]
+
+
+def gradients_of(shapes, seed=5):
+    """A gradient a step, one after the other 20 times longer and 20 times shorter than the clip."""
+    rng = np.random.default_rng(seed)
+    for number in range(len(RATES)):
+        given = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        length = np.sqrt(sum((g**2).sum() for g in given.values()))
+        yield {name: g / length * (0.05, 20.0)[number % 2] for name, g in given.items()}
+
+
+def clipped(gradients):
+    """Gradients whose common length is at most `RECIPE.clip`."""
+    length = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+    return {name: g * min(1.0, RECIPE.clip / length) for name, g in gradients.items()}
+
+
+def adam(gradients, b1, b2):
+    """What Adam would subtract at a rate of 1, step by step (arXiv 1412.6980)."""
+    mean, square = 0.0, 0.0
+    for number, g in enumerate(gradients, 1):
+        mean = b1 * mean + (1 - b1) * g
+        square = b2 * square + (1 - b2) * g**2
+        yield mean / (1 - b1**number) / (np.sqrt(square / (1 - b2**number)) + 1e-8)
+
+
+def updated(cfg, start, gradients):
+    """The weights after each update."""
+    state = train_state.create({name: jnp.float32(w) for name, w in start.items()}, cfg)
+    update = jax.jit(train_state.update, static_argnums=2)
+    for given in gradients:
+        state = update(state, {name: jnp.float32(g) for name, g in given.items()}, cfg)
+        yield state
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_adamw_clips_decays_and_follows_its_schedule(b1):
+    """Decoupled weight decay, times the rate in force (arXiv 1711.05101)."""
+    cfg = dataclasses.replace(RECIPE, b1=b1)
+    start = {"a": np.array([1.0, -2.0, 0.5]), "b": np.array([[3.0, 0.0], [-1.0, 4.0]])}
+    gradients = list(gradients_of({name: w.shape for name, w in start.items()}))
+    cut = [clipped(g) for g in gradients]
+    moves = {name: adam([g[name] for g in cut], b1, cfg.b2) for name in start}
+    expected = dict(start)
+    for state, rate in zip(updated(cfg, start, gradients), RATES, strict=True):
+        for name in start:
+            w = expected[name]
+            expected[name] = w - rate * (next(moves[name]) + cfg.weight_decay * w)
+            np.testing.assert_allclose(state.weights[name], expected[name], atol=2e-6, rtol=0)
+
+
+def test_muon_clips_and_follows_its_schedule():
+    """A matrix of the blocks moves by the rate in force times orthogonalised momentum; the rest by
+    Adam, at its share of that rate.
+    """
+    cfg = dataclasses.replace(RECIPE, kind="muon", adam_ratio=0.5)
+    matrix, bias = "blocks.ffn.kernel", "bias"
+    rng = np.random.default_rng(2)
+    start = {matrix: rng.normal(size=(2, 4, 4)), bias: rng.normal(size=3)}
+    gradients = list(gradients_of({name: w.shape for name, w in start.items()}))
+    cut = [clipped(g) for g in gradients]
+    moves = adam([g[bias] for g in cut], 0.9, cfg.b2)
+    # The library's own orthogonalisation, at a rate of 1 and without a schedule.
+    axes = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    plain = muon(1.0, muon_weight_dimension_numbers={matrix: axes})
+    seen, expected = plain.init({matrix: jnp.float32(start[matrix])}), dict(start)
+    for state, given, rate in zip(updated(cfg, start, gradients), cut, RATES, strict=True):
+        with jax.numpy_dtype_promotion("standard"):
+            given = {matrix: jnp.float32(given[matrix])}
+            turned, seen = plain.update(given, seen, given)  # without decay, of any weights
+        expected[matrix] = expected[matrix] + rate * np.float64(turned[matrix])
+        expected[bias] = expected[bias] - 0.5 * rate * next(moves)
+        for name in start:
+            np.testing.assert_allclose(state.weights[name], expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_the_average_begins_with_the_weights_of_its_first_step(start_step):
+    """Before `ema_start` updates it is the weights; from the next one on, each update mixes in a
+    share of the new weights: nine tenths at first, 1 - ema at last.
+    """
+    cfg = dataclasses.replace(RECIPE, ema=0.3, ema_start=start_step)
+    start = {"w": np.array([1.0, -2.0, 0.5])}
+    states = list(updated(cfg, start, gradients_of({"w": (3,)})))
+    average = start["w"]
+    for number, state in enumerate(states, 1):
+        w, age = np.float64(state.weights["w"]), number - start_step
+        if age <= 0:
+            average = w
+        else:
+            share = max(1 - cfg.ema, 9 / (9 + age))  # 9/10, 9/11, 9/12, ...
+            average = (1 - share) * average + share * w
+        np.testing.assert_allclose(state.ema["w"], average, atol=1e-6, rtol=0, err_msg=str(number))
 
 
 def test_the_average_follows_closely_while_young_and_slowly_later():
