@@ -157,13 +157,18 @@ def clipped(gradients):
     return {name: g * min(1.0, RECIPE.clip / length) for name, g in gradients.items()}
 
 
-def adam(gradients, b1, b2):
-    """What Adam would subtract at a rate of 1, step by step (arXiv 1412.6980)."""
+def adam(gradients, b1, b2, *, nesterov=False):
+    """What Adam would subtract at a rate of 1, step by step (arXiv 1412.6980); with Nesterov's
+    momentum, its mean is the one of the next step, as far as that is known (NAdam).
+    """
     mean, square = 0.0, 0.0
     for number, g in enumerate(gradients, 1):
         mean = b1 * mean + (1 - b1) * g
         square = b2 * square + (1 - b2) * g**2
-        yield mean / (1 - b1**number) / (np.sqrt(square / (1 - b2**number)) + 1e-8)
+        seen = mean / (1 - b1**number)
+        if nesterov:
+            seen = b1 * mean / (1 - b1 ** (number + 1)) + (1 - b1) * g / (1 - b1**number)
+        yield seen / (np.sqrt(square / (1 - b2**number)) + 1e-8)
 
 
 def updated(cfg, start, gradients):
@@ -201,7 +206,7 @@ def test_muon_clips_and_follows_its_schedule():
     start = {matrix: rng.normal(size=(2, 4, 4)), bias: rng.normal(size=3)}
     gradients = list(gradients_of({name: w.shape for name, w in start.items()}))
     cut = [clipped(g) for g in gradients]
-    moves = adam([g[bias] for g in cut], 0.9, cfg.b2)
+    moves = adam([g[bias] for g in cut], 0.9, cfg.b2, nesterov=True)
     # The library's own orthogonalisation, at a rate of 1 and without a schedule.
     axes = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     plain = muon(1.0, muon_weight_dimension_numbers={matrix: axes})
