@@ -12,7 +12,7 @@ from rich.table import Column
 
 from longlive_jax import bench, output, timeline
 from longlive_jax.errors import InputError
-from longlive_jax.events import Event
+from longlive_jax.events import CUT_PREFIX, Event
 from longlive_jax.report import Report
 from longlive_jax.request import Request
 from longlive_jax.request import reports as request_reports
@@ -88,8 +88,8 @@ def _begun(request: Request, story: Story, model: Any) -> Any:
 def _make(request: Request, story: Story, session: Any, console: Console) -> None:
     """One video of one session, its report, and the session to go on from."""
     config, events = session.model.config, story.events
-    for note in session.notes:
-        console.print(note, markup=False, soft_wrap=True)
+    told = _tell(session.notes, (), console)
+    told = _tell(_notes_ahead(session.model, events), told, console)
     chunks = timeline.chunk_count(config, story.seconds)
     with bench.CompileClock() as clock:
         session.prepare(*_modes(events))
@@ -109,10 +109,30 @@ def _make(request: Request, story: Story, session: Any, console: Console) -> Non
                     compile_s=clock.seconds,
                     seed=session.seed,
                 )
+                _tell(session.notes, told, console)
+                summary = dataclasses.replace(summary, notes=session.notes)
                 _say(summary, timeline.frame_count(config, story.seconds), request, console)
                 output.write_report(request.json, summary.to_json())
                 if request.save:
                     session.save(request.save)
+
+
+def _notes_ahead(model: Any, events: Sequence[Event]) -> tuple[str, ...]:
+    """What the model will not read of the prompts to come: known before the video is made."""
+    prompts = []
+    for event in events:
+        prompt = event.prompt.strip()
+        cuts = event.kind == "cut" and not f"{prompt} ".startswith(CUT_PREFIX)
+        prompts.append(CUT_PREFIX + prompt if cuts else prompt)
+    return tuple(filter(None, map(model.prompt_note, prompts)))
+
+
+def _tell(notes: Sequence[str], told: Sequence[str], console: Console) -> tuple[str, ...]:
+    """Prints the notes that were not told before. Returns all that are told by now."""
+    new = [note for note in dict.fromkeys(notes) if note not in told]
+    for note in new:
+        console.print(note, markup=False, soft_wrap=True)
+    return (*told, *new)
 
 
 def _modes(events: Sequence[Event]) -> set[str]:

@@ -156,6 +156,12 @@ class Model:
         rows = [*prompts, *[""] * len(prompts) * (branches - 1)]
         return _text_kv(self.dit, self.text(rows))
 
+    def prompt_note(self, prompt: str) -> str:
+        """Say in one line what of a prompt the model does not read, such as words that it does not
+        know or a tail beyond its tokens; an empty line for nothing.
+        """
+        return self.text.note(prompt)
+
     def solver(self, steps: int | None = None) -> sampler.Solver:
         """The config's solver, with its own number of steps or another.
 

@@ -100,6 +100,8 @@ class Report(Head):
     chunk_flops: float  # of one chunk with the window full, a clean pass included
     ceiling_fps: float | None  # denoise_fps at the GPU's bf16 peak; None where that is not known
     of_ceiling: float | None  # denoise_fps / ceiling_fps
+    # What was done to pictures that came in, and what of prompts the model does not read.
+    notes: tuple[str, ...] = ()
 
 
 def show(summary: Head, to_stderr: bool) -> None:

@@ -73,7 +73,7 @@ class Session:
       given: Latents that the first chunk begins with.
       vae_device: Where chunks are decoded, while the next ones are denoised.
       vae: The decoder, where it is on that device already.
-      notes: What was done to pictures that came in.
+      notes: What was done to pictures that came in, and what of prompts the model does not read.
       seed: What the state's key was made of.
     """
 
@@ -399,6 +399,7 @@ class Session:
             receipt = Receipt("switch", mode, prompt, progress.upcoming)
             state = dataclasses.replace(state, rollout=memory, text=upcoming)
             place.commit(progress.changed(receipt, whole, past), state)
+            self._take_note(model, whole)
             return receipt
 
     def cut(self, prompt: str) -> Receipt:
@@ -422,6 +423,7 @@ class Session:
             receipt = Receipt("cut", "keep", prompt, progress.upcoming)
             state = dataclasses.replace(state, rollout=memory, text=text)
             place.commit(progress.changed(receipt, whole, past), state)
+            self._take_note(progress.model, whole)
             return receipt
 
     def adapt(self, lora: str | os.PathLike | None) -> None:
@@ -536,6 +538,12 @@ class Session:
         with contextlib.suppress(SessionError), self._held() as place:
             self._place = ClosedState(place.progress.closed())
             place.leave()
+
+    def _take_note(self, model: Model, prompt: str) -> None:
+        """Adds what the model does not read of a prompt to the notes, once."""
+        note = model.prompt_note(prompt)
+        if note and note not in self.notes:
+            self.notes = (*self.notes, note)
 
     def _checked(self, prompt: str) -> str:
         self._check_open()

@@ -67,6 +67,7 @@ class Session:
             now = [event for event in waiting if event.time_s <= start / config.fps]
             waiting = waiting[len(now) :]
             self.prompt = now[-1].prompt if now else self.prompt
+            self.notes += tuple(filter(None, (model.prompt_note(e.prompt) for e in now)))
             shape = (stop - start, config.height, config.width, 3)
             changes = tuple(Receipt(e.kind, e.mode, e.prompt, start) for e in now)
             self.last = Chunk(index, start, self.prompt, changes, 0.001)
@@ -87,6 +88,10 @@ class Model:
     streamed: list = dataclasses.field(default_factory=list)
     saved: list = dataclasses.field(default_factory=list)
     begun: list = dataclasses.field(default_factory=list)
+    unread: tuple[str, ...] = ()  # prompts that it has a note about
+
+    def prompt_note(self, prompt):
+        return f"unread: {prompt}" if prompt in self.unread else ""
 
     def streaming(self, **changes):
         self.streamed.append(changes)
@@ -94,4 +99,5 @@ class Model:
 
     def session(self, prompt, *, seed=0, steps=None, image=None, video=None):
         self.begun.append((image, video))
-        return Session(self, prompt, seed, steps or self.config.sampler.steps)
+        notes = tuple(filter(None, (self.prompt_note(prompt),)))
+        return Session(self, prompt, seed, steps or self.config.sampler.steps, notes=notes)

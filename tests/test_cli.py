@@ -66,6 +66,23 @@ def test_prompts_change_in_the_order_of_their_times(longlive):
     ]
 
 
+def test_what_is_not_read_of_prompts_is_told_once_and_reported(longlive):
+    """On stderr, one line a prompt, those of later prompts before the video is made."""
+    cut = "The scene transitions. three"
+    model = fake.Model(unread=("one", "two", cut))
+    code, out, err = longlive(
+        "generate", "--prompt", "one", "--at", "1:two", "--at", "2:one", "--cut", "3:three",
+        "--at", "4:four", "--json", "-", model=model,
+    )  # fmt: skip
+    assert code == 0
+    told = [line for line in err.splitlines() if line.startswith("unread")]
+    assert told == ["unread: one", "unread: two", f"unread: {cut}"]
+    assert set(json.loads(out)["notes"]) == {"unread: one", "unread: two"}
+    code, out, err = longlive("generate", "--prompt", "four", "--json", "-", model=fake.Model())
+    assert code == 0 and json.loads(out)["notes"] == []
+    assert "unread" not in err
+
+
 def test_flags_say_what_a_switch_does(longlive):
     model = fake.Model()
     arguments = ["generate", "--prompt", "one", "--at", "2: two", "--cut", "4: three"]

@@ -41,6 +41,7 @@ SCHEMA = HEAD | {
     "chunk_flops": float,
     "ceiling_fps": float | None,
     "of_ceiling": float | None,
+    "notes": list,
 }
 
 

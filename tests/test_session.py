@@ -235,6 +235,26 @@ def test_a_shot_opens_with_the_prefix_once(tiny):
     np.testing.assert_array_equal(session.state.text.k, plain.k)
 
 
+def test_a_session_has_a_note_for_each_prompt(tiny):
+    """Also of switches and cuts, whose prefix takes tokens; one note where a prompt comes again."""
+    note, long = tiny.prompt_note, ", then ".join([RED] * 13)
+    session = tiny.session("a fluffy circle", seed=3, steps=1)
+    assert session.notes == (note("a fluffy circle"),) and "fluffy" in session.notes[0]
+    session.next_chunk()
+    session.switch(BLUE)
+    assert len(session.notes) == 1
+    session.switch(long, "keep")
+    assert session.notes[1:] == (note(long),)
+    session.cut("red " * 38)  # 41 words with the prefix
+    assert "only 39 of its 41 tokens" in session.notes[2]
+    session.next_chunk()
+    session.switch(long, "keep")
+    session.switch("a fluffy circle", "keep")
+    assert len(session.notes) == 3
+    assert session.fork().notes == session.notes
+    assert not tiny.session(RED, steps=1).notes
+
+
 def test_preparing_changes_nothing(tiny):
     session = begun(tiny, 6)
     before = leaves(session)

@@ -105,6 +105,12 @@ def test_prompts_are_cleaned(folder):
     np.testing.assert_array_equal(ids, expected)
 
 
+def test_what_is_in_no_piece_is_unknown(folder):
+    words = tokenizer.load(folder, text_len=24)
+    assert words.note("a cat walks") == ""
+    assert words.note("a cat 猫 walks") == 'prompt "a cat 猫 walks": the model does not know "猫"'
+
+
 def test_tokenizer_json_is_preferred(tmp_path, unigram_json, spiece):
     (tmp_path / "tokenizer.json").write_text(unigram_json)
     expected, _ = tokenizer.load(tmp_path, 32)(SENTENCES)

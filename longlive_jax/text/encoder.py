@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from longlive_jax.text.tokenizer import Tokenizer
+from longlive_jax.text.tokenizer import PieceTokenizer, Tokenizer
 from longlive_jax.text.umt5 import UMT5, encode
 
 
@@ -36,6 +36,10 @@ class TextEncoder:
         if ids.max(initial=0) >= vocab:
             raise ValueError(f"token {ids.max()} is outside the text encoder's {vocab} embeddings")
         return _encode(self.umt5, ids, mask, self.text_len)
+
+    def note(self, prompt: str) -> str:
+        """Say in one line what of a prompt the model does not read; an empty line for nothing."""
+        return self.tokenizer.note(prompt) if isinstance(self.tokenizer, PieceTokenizer) else ""
 
 
 @functools.partial(jax.jit, static_argnums=3)
