@@ -132,16 +132,12 @@ def _of_expression(node: ast.expr, statement: bool) -> Iterator[tuple[str, ast.e
         new.op = _ARITHMETIC[type(node.op)]()
         yield "arithmetic", new
     elif isinstance(node, ast.BoolOp):
-        # All operands are kept, as calls: another operator may bind less than what is around it.
-        yield "logic", ast.Call(ast.Name(_all_or_any(node.op)), [ast.List(node.values)], [])
+        other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        yield "logic", _whole(ast.BoolOp(other, node.values))
     elif isinstance(node, ast.Constant):
         yield from _of_constant(node)
     elif isinstance(node, ast.Call):
         yield from _of_call(node, statement)
-
-
-def _all_or_any(op: ast.boolop) -> str:
-    return "any" if isinstance(op, ast.And) else "all"
 
 
 def _of_constant(node: ast.Constant) -> Iterator[tuple[str, ast.expr]]:
