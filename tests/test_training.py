@@ -17,6 +17,7 @@ from longlive_jax.dit.model import DiT
 from longlive_jax.text.umt5 import UMT5
 from longlive_jax.train import state as train_state
 from longlive_jax.train import teacher_forcing as tf
+from longlive_jax.train import vae as train_vae
 
 DIT = DiTConfig(
     dim=32, ffn_dim=48, heads=2, layers=2, channels=4, text_dim=16, text_len=6, freq_dim=16
@@ -196,29 +197,40 @@ def test_adamw_clips_decays_and_follows_its_schedule(b1):
             np.testing.assert_allclose(state.weights[name], expected[name], atol=2e-6, rtol=0)
 
 
-def test_muon_clips_and_follows_its_schedule():
-    """A matrix of the blocks moves by the rate in force times orthogonalised momentum; the rest by
-    Adam, at its share of that rate.
+@pytest.mark.parametrize(
+    ("made", "matrix", "shape", "axes"),
+    [
+        (train_state.optimizer, "blocks.ffn.kernel", (2, 4, 4), (1, 2)),
+        (train_vae.optimizer, "conv.kernel", (2, 1, 3, 4), ((0, 1, 2), 3)),
+    ],
+    ids=["transformer", "vae"],
+)
+def test_muon_clips_and_follows_its_schedule(made, matrix, shape, axes):
+    """A matrix moves by the rate in force times orthogonalised momentum; the rest by Adam, at its
+    share of that rate.
     """
     cfg = dataclasses.replace(RECIPE, kind="muon", adam_ratio=0.5)
-    matrix, bias = "blocks.ffn.kernel", "bias"
-    rng = np.random.default_rng(2)
-    start = {matrix: rng.normal(size=(2, 4, 4)), bias: rng.normal(size=3)}
+    rng, optimizer = np.random.default_rng(2), made(cfg)
+    start = {matrix: rng.normal(size=shape), "bias": rng.normal(size=3)}
     gradients = list(gradients_of({name: w.shape for name, w in start.items()}))
     cut = [clipped(g) for g in gradients]
-    moves = adam([g[bias] for g in cut], 0.9, cfg.b2, nesterov=True)
+    moves = adam([g["bias"] for g in cut], 0.9, cfg.b2, nesterov=True)
     # The library's own orthogonalisation, at a rate of 1 and without a schedule.
-    axes = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    plain = muon(1.0, muon_weight_dimension_numbers={matrix: axes})
-    seen, expected = plain.init({matrix: jnp.float32(start[matrix])}), dict(start)
-    for state, given, rate in zip(updated(cfg, start, gradients), cut, RATES, strict=True):
+    numbers = MuonDimensionNumbers(*axes)
+    plain = muon(1.0, muon_weight_dimension_numbers={matrix: numbers})
+    found = {name: jnp.float32(w) for name, w in start.items()}
+    seen, expected = plain.init({matrix: found[matrix]}), dict(start)
+    state, update = optimizer.init(found), jax.jit(optimizer.update)
+    for given, short, rate in zip(gradients, cut, RATES, strict=True):
+        one = {matrix: jnp.float32(short[matrix])}
         with jax.numpy_dtype_promotion("standard"):
-            given = {matrix: jnp.float32(given[matrix])}
-            turned, seen = plain.update(given, seen, given)  # without decay, of any weights
+            step, state = update({n: jnp.float32(g) for n, g in given.items()}, state, found)
+            turned, seen = plain.update(one, seen, one)  # without decay, of any weights
+        found = {name: found[name] + step[name] for name in found}
         expected[matrix] = expected[matrix] + rate * np.float64(turned[matrix])
-        expected[bias] = expected[bias] - 0.5 * rate * next(moves)
+        expected["bias"] = expected["bias"] - 0.5 * rate * next(moves)
         for name in start:
-            np.testing.assert_allclose(state.weights[name], expected[name], atol=1e-5, rtol=0)
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("start_step", [0, 3])

@@ -90,13 +90,15 @@ def create(weights: Weights, cfg: OptimizerConfig) -> TrainState:
 
 
 def update(state: TrainState, gradients: Weights, cfg: OptimizerConfig) -> TrainState:
-    """One optimiser step and one step of the moving average, which follows more closely while it is
-    young.
-    """
+    """One optimiser step and one step of the moving average."""
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 power
         updates, opt = optimizer(cfg).update(gradients, state.optimizer, state.weights)
     weights = optax.apply_updates(state.weights, updates)
+    return TrainState(state.step + 1, weights, average(state, weights, cfg), opt)
+
+
+def average(state: TrainState, weights: Weights, cfg: OptimizerConfig) -> Weights:
+    """The moving average after a step to `weights`; it follows more closely while it is young."""
     age = (state.step - cfg.ema_start).astype(jnp.float32)
     decay = jnp.where(age < 0, 0.0, jnp.minimum(cfg.ema, (1.0 + age) / (10.0 + age)))
-    ema = jax.tree.map(lambda e, w: e + (1.0 - decay) * (w - e), state.ema, weights)
-    return TrainState(state.step + 1, weights, ema, opt)
+    return jax.tree.map(lambda e, w: e + (1.0 - decay) * (w - e), state.ema, weights)

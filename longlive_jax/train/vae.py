@@ -5,6 +5,8 @@ video's start.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from longlive_jax import weights
 from longlive_jax.config import VAEConfig
+from longlive_jax.train import state as train_state
 from longlive_jax.train.state import OptimizerConfig, TrainState
 from longlive_jax.vae.vae import VAE, generate, posterior
 
@@ -63,12 +66,12 @@ def loss(vae: VAE, video: Clips, key: jax.Array, cfg: LossConfig) -> tuple[Array
     return value, Metrics(value, mse, kl)
 
 
-def _axes(flat: weights.Weights) -> dict[str, MuonDimensionNumbers | None]:
+def _axes(flat: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
     """Muon for every kernel, a convolution being the matrix of all its taps; Adam for norms and
-    biases.
+    biases. optax also asks with the leaves of Adam masked out.
     """
 
-    def axes(name: str, x: jax.Array) -> MuonDimensionNumbers | None:
+    def axes(name: str, x: Any) -> MuonDimensionNumbers | None:
         if not name.endswith("kernel"):
             return None
         return MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
@@ -113,6 +116,5 @@ def step(
     gradients, metrics = jax.grad(run, has_aux=True)(state.weights)
     updates, opt = optimizer(cfg).update(gradients, state.optimizer, state.weights)
     flat = optax.apply_updates(state.weights, updates)
-    decay = jnp.minimum(cfg.ema, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, w: e + (1.0 - decay) * (w - e), state.ema, flat)
+    ema = train_state.average(state, flat, cfg)
     return TrainState(state.step + 1, flat, ema, opt), metrics
