@@ -18,6 +18,7 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation
 from jaxtyping import UInt8
 
+from longlive_jax import demux
 from longlive_jax.errors import InputError
 
 Source = str | os.PathLike[str] | np.ndarray
@@ -27,9 +28,6 @@ ROUNDING = Fraction(1, 1000)  # s: to which Matroska rounds the times of frames
 ELONGATION = 16  # a picture that is scaled to more than this many frames side by side is refused
 BRANDS = ("major_brand", "compatible_brands")  # of an MP4 or a relative of it
 EXACT = 1 << 18 | 1 << 13  # SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT, which PyAV 17 does not name
-# Titles that are not UTF-8 are no reason to fail. PyAV 19 never fails on them, and has no option.
-PYAV = int(av.__version__.split(".")[0])
-LENIENT = {"metadata_errors": "replace"} if PYAV < 19 else {}
 UNTAGGED = 2  # FFmpeg's number of a colour matrix that is not said
 
 
@@ -68,7 +66,8 @@ def read_image(source: Source, height: int, width: int) -> Picture:
     else:
         with open_video(source, "picture") as (container, stream):
             if stream.codec_context.name == "mjpeg":  # else half a JPEG passes
-                stream.codec_context.options = {"err_detect": "explode"}
+                explode = {"err_detect": "explode"}
+                stream.codec_context.options = demux.LIMITS | explode
             decoded = _whole(source, container.decode(stream))
             frame = next(decoded, None)
             if frame is None:
@@ -124,25 +123,30 @@ def read_clip(
 @contextlib.contextmanager
 def open_video(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Any, Any]]:
     """The opened file and its video stream."""
-    try:
-        # By its name alone FFmpeg would take "a:b.png" for a protocol, "%03d.png" for a series.
-        with open(path, "rb") as file, av.open(file, **LENIENT) as container:
-            brands = "".join(container.metadata.get(name, "") for name in BRANDS)
-            if "heic" in brands or "heix" in brands:
-                # These are cut into tiles, each of which is a stream.
-                raise InputError(f"{path} is a HEIC picture: save it as JPEG or PNG")
-            for stream in container.streams.video:
-                cover = stream.disposition & Disposition.attached_pic  # of a song
-                if stream.codec_context is not None and not cover:
-                    # Not of frames: such threads now and then lose that a frame is damaged.
-                    stream.thread_type = "SLICE"
-                    yield container, stream
-                    return
-            raise InputError(f"{path} holds no {what}")
-    except av.FFmpegError as error:
-        raise InputError(f"{path} is damaged, or no {what} that can be read") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {str(error.strerror).lower()}") from error
+    with demux.opened(path, what) as container:
+        brands = "".join(container.metadata.get(name, "") for name in BRANDS)
+        if "heic" in brands or "heix" in brands:
+            # These are cut into tiles, each of which is a stream.
+            raise InputError(f"{path} is a HEIC picture: save it as JPEG or PNG")
+        for stream in container.streams.video:
+            cover = stream.disposition & Disposition.attached_pic  # of a song
+            if stream.codec_context is not None and not cover:
+                _check_size(path, stream.codec_context)
+                # Not of frames: such threads now and then lose that a frame is damaged.
+                stream.thread_type = "SLICE"
+                yield container, stream
+                return
+        raise InputError(f"{path} holds no {what}")
+
+
+def _check_size(path: object, coded: Any) -> None:
+    """Few bytes can claim to be any number of pixels."""
+    if coded.width * coded.height > demux.MOST_PIXELS:
+        raise InputError(
+            f"{path} is {coded.width}x{coded.height}, more than"
+            f" {demux.MOST_PIXELS / 1e6:.0f} megapixels, the most that is read"
+        )
+    coded.options = demux.LIMITS  # sizes may change within a file
 
 
 def _whole(path: object, decoded: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
