@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax import layers, weights
+from longlive_jax import documents, layers, weights
 from longlive_jax.convert import table
-from longlive_jax.convert.lora import LINEARS, Place, gather, spread
+from longlive_jax.convert.lora import LINEARS, Place, check_alpha, gather, spread
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 
@@ -180,9 +180,9 @@ def read(
         held = ", ".join(sorted(checkpoint.groups))
         raise InputError(f"{path} holds no LoRA: it has {held or 'nothing'}")
     config = _peft_config(path, checkpoint.facts)
-    if alpha is None:
-        alpha = _alpha_of(config)
     try:
+        if alpha is None:
+            alpha = _alpha_of(config)
         return from_tensors(checkpoint.groups[found[0]], alpha=alpha)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -197,12 +197,14 @@ def _peft_config(path: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]
         if "lora_adapter_metadata" in facts:
             text = str(facts["lora_adapter_metadata"])
         elif beside.is_file() and (path.is_dir() or path.stem == "adapter_model"):
-            text = beside.read_text("utf-8")
+            text = beside.read_bytes()[: documents.LARGEST]
         else:
             text = "{}"
-        config = json.loads(text)
+        config = documents.parse(text, f"what {path} says of its LoRA")
         return {name.removeprefix("transformer."): value for name, value in config.items()}
-    except (ValueError, AttributeError) as error:
+    except InputError:
+        raise
+    except (OSError, AttributeError) as error:
         raise InputError(f"{path}: what it says of its LoRA cannot be read: {error}") from error
 
 
@@ -214,7 +216,9 @@ def _alpha_of(config: Mapping[str, Any]) -> float | int | None:
         if alpha != rank or pattern != config.get("rank_pattern"):
             raise InputError("the LoRA has an alpha per layer (alpha_pattern), not supported")
         return None
-    return None if alpha is None or (alpha == rank) else float(alpha)
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        raise InputError(f"the LoRA's lora_alpha is a number, not {str(alpha)[:40]!r}")
+    return None if alpha is None or (alpha == rank) else float(check_alpha(alpha))
 
 
 def from_tensors(tensors: Mapping[str, Any], *, alpha: float | int | None = None) -> Lora:
@@ -226,7 +230,7 @@ def from_tensors(tensors: Mapping[str, Any], *, alpha: float | int | None = None
       InputError: a tensor is no part of a LoRA, its other half is missing, or shapes do not agree.
     """
     a, b, said = gather(tensors)
-    return Lora(a, b, said if alpha is None else alpha)
+    return Lora(a, b, said if alpha is None else check_alpha(alpha))
 
 
 def export(lora: Lora, naming: str = "peft") -> dict[str, np.ndarray]:

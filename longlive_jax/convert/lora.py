@@ -52,7 +52,7 @@ _PREFIXES = re.compile(r"^((base_model|model|transformer|diffusion_model|module)
 _MATRIX = re.compile(
     r"(?P<module>.+)\.(?:(?P<a>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)(\.\w+)?\.weight"
 )
-_BLOCK = re.compile(r"blocks_(\d+)_")
+_BLOCK = re.compile(r"blocks_(\d{1,6})_", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +97,26 @@ def gather(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], 
     paths = sorted({at.path for at in names})
     a, b = ({path: _stack(tensors, names, path, side) for path in paths} for side in "ab")
     _check_blocks(a, b)
-    alphas = {
-        at: float(np.asarray(tensors[n]).item()) for at, n in names.items() if at.side == "alpha"
-    }
+    alphas = {at: _alpha(tensors[n], n) for at, n in names.items() if at.side == "alpha"}
     if all(alpha == a[at.path].shape[-2] for at, alpha in alphas.items()):
         return a, b, None
     if len(set(alphas.values())) > 1:
         raise InputError("alpha differs between layers of the LoRA, which is not supported")
     return a, b, next(iter(alphas.values()))
+
+
+def _alpha(value: Any, name: str) -> float:
+    value = np.asarray(value)
+    if value.size != 1 or value.dtype.kind in "bc":
+        raise InputError(f"{name} has the shape {list(value.shape)}: alpha is one number")
+    return check_alpha(float(value.item()))
+
+
+def check_alpha(alpha: float | int) -> float | int:
+    """The number itself. Raises InputError where float32 cannot hold it."""
+    if not abs(alpha) <= float(np.finfo(np.float32).max):
+        raise InputError(f"the LoRA's alpha is a finite number, not {alpha:g}")
+    return alpha
 
 
 def _sorted_out(tensors: Mapping[str, Any]) -> dict[Place, str]:
@@ -149,7 +161,11 @@ def _stack(tensors: Mapping[str, Any], names: Mapping[Place, str], path: str, si
 def _check_blocks(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """Raises InputError where A and B do not fit each other, or the number of blocks varies."""
     for path in a:
+        if min(a[path].ndim, b[path].ndim) < 2:
+            raise InputError(f"{path}: A and B are no matrices")
         (*stack, rank, _), (*stack_b, _, rank_b) = a[path].shape, b[path].shape
+        if not rank:
+            raise InputError(f"{path} has rank 0")
         if rank != rank_b:
             raise InputError(f"{path}: A has rank {rank}, B has rank {rank_b}")
         if not len(stack) == len(stack_b) == path.startswith("blocks."):

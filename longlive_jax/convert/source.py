@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
+import itertools
 import math
 import os
 import pathlib
@@ -23,6 +23,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from longlive_jax import documents
+from longlive_jax.convert import pickles
+from longlive_jax.convert.finite import checked
 from longlive_jax.errors import InputError
 
 Fact = str | int | float
@@ -55,6 +58,8 @@ _FROM_TORCH = {  # types that PyTorch does not hand to numpy itself
 }
 _SAFETENSORS, _TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
 _LARGEST_HEADER = 100 << 20
+_MOST_AXES = 16
+_MOST_ENTRIES, _DEEPEST = 200_000, 16  # of nested dicts and lists, which may repeat each other
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 ENGINE = (
     "holds TransformerEngine's runtime form;"
@@ -63,6 +68,7 @@ ENGINE = (
 _ENGINE_ONLY = ("_io.BytesIO", "transformer_engine")  # the state that its modules pickle
 # What `torch.load` has been seen to raise on files that are cut short or something else.
 _BROKEN = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+_BROKEN += (AssertionError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +151,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise InputError(f'there is no "{path}"')
     if path.is_dir():
         return _folder(path)
+    _check_ordinary(path)
     if path.suffix in _SAFETENSORS:
         tensors, facts = _safetensors(path)
         return Checkpoint({"": tensors}, facts)
@@ -152,6 +159,12 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         return _grouped(path, _torch(path))
     kinds = ", ".join((*_SAFETENSORS, *_TORCH))
     raise InputError(f'"{path}" is no checkpoint: its name should end in one of {kinds}')
+
+
+def _check_ordinary(path: pathlib.Path) -> None:
+    """Reading a named pipe would wait for whoever writes to it."""
+    if not path.is_file():
+        raise InputError(f'"{path}" is no ordinary file')
 
 
 def _mapped(path: pathlib.Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -168,23 +181,47 @@ def _safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, Fact]]:
     header, start = _header(path)
     facts = header.pop("__metadata__", {})
     size, stored = path.stat().st_size, {}
+    places = []
     for name, entry in header.items():
-        try:
-            shape, (begin, end) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-            kind = str(entry["dtype"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f'"{path}" is no safetensors file: its header is wrong') from error
-        if kind not in DTYPES:
-            raise InputError(f'"{path}" holds {name} as {kind}, a type that is not known here')
-        if begin < 0 or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+        kind, shape, begin, end = _entry(path, name, entry)
+        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
             raise InputError(f'"{path}" is broken: its header gives {name} a wrong place')
         if start + end > size:
             raise InputError(
                 f'"{path}" is cut short: it has {size} bytes, and {name} ends at {start + end}'
             )
         read = functools.partial(_mapped, path, start + begin, shape, DTYPES[kind])
-        stored[name] = Stored(shape, DTYPES[kind], read)
+        stored[name] = _checked(Stored(shape, DTYPES[kind], read), name, path)
+        if end > begin:
+            places.append((begin, end, name))
+    places.sort()
+    for (_, end, name), (begin, _, other) in itertools.pairwise(places):
+        if begin < end:
+            raise InputError(f'"{path}" is broken: {name} and {other} lie in the same place')
     return Tensors(stored), {str(k): str(v) for k, v in facts.items()}
+
+
+def _checked(stored: Stored, name: str, path: pathlib.Path) -> Stored:
+    """The same tensor, which is found to be finite whenever it is read."""
+    return dataclasses.replace(stored, read=lambda: checked(stored.read(), name, path))
+
+
+def _entry(path: pathlib.Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape and place of a tensor, as a header gives them: no more than that."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    whole = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
+    if not (whole and isinstance(kind, str) and all(map(_is_length, (*shape, *place)))):
+        raise InputError(f'"{path}" is no safetensors file: its header is wrong')
+    if kind not in DTYPES:
+        raise InputError(f'"{path}" holds {name} as {kind}, a type that is not known here')
+    if len(shape) > _MOST_AXES:
+        raise InputError(f'"{path}" is broken: {name} has {len(shape)} axes')
+    return kind, tuple(shape), *place
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
@@ -193,17 +230,18 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
         with path.open("rb") as file:
             head = file.read(8)
             length = int.from_bytes(head, "little")
-            text = file.read(length) if length <= _LARGEST_HEADER else b""
+            there = os.fstat(file.fileno()).st_size - 8
+            text = file.read(length) if length <= min(there, _LARGEST_HEADER) else b""
     except OSError as error:
         raise InputError(f'"{path}" cannot be read: {error.strerror}') from error
     if head == b"version ":
         raise InputError(f'"{path}" only points to its contents: fetch them with git lfs pull')
-    if len(head) < 8 or 0 < len(text) < length:
+    if len(head) < 8 or there < length <= _LARGEST_HEADER:
         raise InputError(f'"{path}" is cut short: its header has {length} bytes')
     try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise InputError(f'"{path}" is no safetensors file: it has no header') from error
+        header = documents.parse(text, "the header")
+    except InputError as error:
+        raise InputError(f'"{path}" is no safetensors file: {error}') from error
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise InputError(f'"{path}" is no safetensors file: its header is wrong')
     return header, 8 + length
@@ -223,6 +261,7 @@ def _folder(folder: pathlib.Path) -> Checkpoint:
     stored: dict[str, Stored] = {}
     facts: dict[str, Fact] = {}
     for path in files:
+        _check_ordinary(path)
         tensors, metadata = _safetensors(path)
         if twice := sorted(stored.keys() & tensors.stored.keys()):
             raise InputError(f'"{path}" repeats {twice[0]} from another file of its folder')
@@ -246,16 +285,19 @@ def indexed(index: pathlib.Path) -> Tensors:
     does.
     """
     try:
-        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        places = documents.read(index)["weight_map"]
         shards = collections.defaultdict(list)
         for name, shard in places.items():
             shards[pathlib.PurePath(shard).name].append(name)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'"{index}" is no index of shards') from error
     stored = {}
     for shard, names in sorted(shards.items()):
         if not (index.parent / shard).exists():
             raise InputError(f'"{index.parent}" lacks the shard {shard}')
+        _check_ordinary(index.parent / shard)
         tensors, _ = _safetensors(index.parent / shard)
         if different := sorted(set(names) ^ set(tensors)):
             raise InputError(f'"{index}" and its shard {shard} disagree about {different[0]}')
@@ -276,7 +318,10 @@ def _torch(path: pathlib.Path) -> Any:
             head = file.read(8)
         # Files from before PyTorch 1.6 are one pickle, which cannot be mapped.
         mmap = head.startswith(b"PK")
+        pickles.check(path)
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except InputError:
+        raise
     except (pickle.UnpicklingError, *_BROKEN) as error:
         if head == b"version ":
             raise InputError(
@@ -313,8 +358,9 @@ def _grouped(path: pathlib.Path, content: Any) -> Checkpoint:
     groups: dict[str, Tensors] = {}
     bare: dict[str, Stored] = {}
     facts: dict[str, Fact] = {}
+    budget = itertools.count()
     for key, value in content.items():
-        found = _leaves(value, str(key))
+        found = dict(_leaves(value, str(key), path, budget))
         tensors = {name: x for name, x in found.items() if isinstance(x, Stored)}
         facts |= {name: x for name, x in found.items() if not isinstance(x, Stored)}
         if str(key) in tensors:
@@ -333,16 +379,27 @@ def _grouped(path: pathlib.Path, content: Any) -> Checkpoint:
     return Checkpoint(groups, facts)
 
 
-def _leaves(value: Any, name: str) -> dict[str, Stored | Fact]:
-    """The tensors and scalars of nested dicts and lists, under dotted names."""
+def _leaves(
+    value: Any, name: str, path: pathlib.Path, budget: Iterator[int], depth: int = 0
+) -> Iterator[tuple[str, Stored | Fact]]:
+    """The tensors and scalars of nested dicts and lists, under dotted names.
+
+    Args:
+      value: A tensor, a scalar, or a dict or list of them; others are left out.
+      name: Its own name.
+      path: The file, for what is said of it.
+      budget: Counts what is looked at. A few lists within each other can stand for any number.
+      depth: How many dicts and lists it is in.
+    """
     import torch
 
+    if next(budget) > _MOST_ENTRIES or depth > _DEEPEST:
+        raise InputError(f'"{path}" is no checkpoint: it has too many parts, or too deep ones')
     if isinstance(value, torch.Tensor):
-        return {name: _from_torch(value)}
-    if isinstance(value, str | int | float):
-        return {name: value}
-    inner: dict[str, Stored | Fact] = {}
-    items = enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, part in value.items() if isinstance(value, Mapping) else items:
-        inner |= _leaves(part, f"{name}.{key}")
-    return inner
+        yield name, _checked(_from_torch(value), name, path)
+    elif isinstance(value, str | int | float):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, part in items:
+            yield from _leaves(part, f"{name}.{key}", path, budget, depth + 1)

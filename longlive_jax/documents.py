@@ -1,0 +1,79 @@
+"""JSON documents from files: of bounded size and depth, and refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from typing import Any, NoReturn
+
+from longlive_jax.errors import InputError
+
+LARGEST = 32 << 20  # bytes; the index of the largest published checkpoint has 0.2 MB
+DEEPEST = 64  # brackets within brackets; Python's parser goes to about a thousand
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_NOT_BRACKETS = re.compile(r"[^\[\]{}]+")
+
+
+def read(path: str | os.PathLike[str], *, limit: int = LARGEST) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is no file of that name.
+      InputError: it cannot be read, is too large or too deep, or is not JSON.
+    """
+    path = pathlib.Path(path)
+    try:
+        if not path.is_file() and path.exists():
+            raise InputError(f"{path} is no ordinary file")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {str(error.strerror).lower()}") from error
+    if len(data) > limit:
+        raise InputError(f"{path} has more than {limit} bytes, which is no such file")
+    return parse(data, str(path))
+
+
+def parse(data: bytes | str, what: str) -> Any:
+    """The value of a JSON text. what: where it is from, for what is said of it.
+
+    Raises:
+      InputError: it is not JSON in UTF-8, too deep, says a key twice, or holds NaN or Infinity.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not JSON: it is not in UTF-8") from error
+    _check_depth(text, what)
+    try:
+        return json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{what} is not JSON: {error.msg.lower()}, line {error.lineno}") from error
+    except ValueError as error:  # a number of thousands of digits, or one of our own
+        raise InputError(f"{what} cannot be read as JSON: {error}") from error
+
+
+def _check_depth(text: str, what: str) -> None:
+    depth = 0
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
+    for bracket in _NOT_BRACKETS.sub("", _STRINGS.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > DEEPEST:
+            raise InputError(f"{what} is nested more than {DEEPEST} deep, which is no such file")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'"{next(key for key in keys if keys.count(key) > 1)}" is there twice')
+    return found
