@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from longlive_jax import arguments, interrupts, rollout
-from longlive_jax.errors import NotFiniteError, SessionError
+from longlive_jax.errors import NotFiniteError, SessionError, first_line
 from longlive_jax.progress import (
     Arrived,
     ClosedState,
@@ -26,6 +26,7 @@ from longlive_jax.progress import (
     Place,
     Progress,
     State,
+    is_deleted,
 )
 from longlive_jax.session import Session
 from longlive_jax.vae import vae as coder
@@ -79,6 +80,9 @@ class BatchRow:
 
     def leave(self) -> None:
         self.batch._rows = self.batch._rows.having(self.row, None)
+
+    def lost(self) -> bool:
+        return is_deleted(self.batch._rows.state)
 
 
 class PendingRow(LocalState):
@@ -181,13 +185,19 @@ class Batch:
         are left out. One that was taken out has its frames still to hand over.
 
         Raises:
+          SessionError: a device failed while the state of all sessions was replaced.
           NotFiniteError: a chunk holds NaN or infinity; the error's `session` is whose. Nothing is
             handed over: take that session out, and the next call returns the others' frames.
         """
         while True:
             interrupts.stop.check()
             with self._turn:
-                frames = self._next_chunks()
+                try:
+                    frames = self._next_chunks()
+                except Exception as error:
+                    if is_deleted(self._rows.state):
+                        raise SessionError(f"the batch is lost: {first_line(error)}") from error
+                    raise
             if frames is not None:
                 return frames
 

@@ -7,6 +7,11 @@ class InputError(ValueError):
     """What was asked for cannot be done; the message is one clear sentence for who asked."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the pages that may follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class EmulationWarning(UserWarning):
     """What was asked for is computed in another way than its name says, for want of hardware."""
 

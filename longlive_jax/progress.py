@@ -322,6 +322,16 @@ class Place(Protocol):
     def leave(self) -> None:
         """After the session got another place: what it held here may go."""
 
+    def lost(self) -> bool:
+        """Whether a program took the buffers of the state and no other state came of it."""
+        ...
+
+
+def is_deleted(state: State) -> bool:
+    """Whether buffers of a state were donated."""
+    leaves = jax.tree.leaves(state)
+    return any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves)
+
 
 class LocalState:
     """The place of a session on its own."""
@@ -342,6 +352,9 @@ class LocalState:
 
     def leave(self) -> None:
         pass
+
+    def lost(self) -> bool:
+        return is_deleted(self._value[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from longlive_jax import arguments, interrupts, rollout, timeline
 from longlive_jax.config import Recache
-from longlive_jax.errors import InputError, SessionError
+from longlive_jax.errors import InputError, SessionError, first_line
 from longlive_jax.events import CUT_PREFIX, MODES, Event, in_order
 from longlive_jax.progress import (
     Arrived,
@@ -215,7 +215,11 @@ class Session:
         return self._astream(self._schedule(seconds, events, lookahead))
 
     async def _astream(self, ask: Ask) -> AsyncIterator[Frames]:
-        while (waited := await asyncio.to_thread(self._await_in_turn, ask)) is not None:
+        def wait() -> tuple[Progress, Arrived | None, int | None] | None:
+            with self._in_turn():
+                return self._await(ask)
+
+        while (waited := await asyncio.to_thread(wait)) is not None:
             # Not in the thread: that goes on where this task is cancelled, and what it handed over
             # would be lost.
             frames = self._hand_over(*waited)
@@ -329,10 +333,6 @@ class Session:
         with self._held() as place:
             limit, seen = ask(place), place.progress
         return None if limit == 0 else (seen, seen.wait(), limit)
-
-    def _await_in_turn(self, ask: Ask) -> tuple[Progress, Arrived | None, int | None] | None:
-        with self._in_turn():
-            return self._await(ask)
 
     def _hand_over(
         self, seen: Progress, arrived: Arrived | None, limit: int | None
@@ -580,5 +580,18 @@ class Session:
                 raise SessionError("the session is closed")
             with lock_of(place):
                 if place is self._place:
-                    yield place
+                    try:
+                        yield place
+                    except Exception as error:
+                        self._end_if_lost(place, error)
+                        raise
                     return
+
+    def _end_if_lost(self, place: Place, error: Exception) -> None:
+        """Closes the session, with a SessionError, where a device failed, such as for want of
+        memory, after a program had taken the buffers of the state.
+        """
+        if place is self._place and place.lost():
+            self._place = ClosedState(place.progress.closed())
+            place.leave()
+            raise SessionError(f"the session is lost and closed: {first_line(error)}") from error

@@ -14,6 +14,7 @@ from test_session import tiny as tiny  # a fixture
 import longlive_jax
 from longlive_jax import interrupts, rollout, saved
 from longlive_jax.batch import Batch
+from longlive_jax.errors import SessionError
 from longlive_jax.progress import Progress
 from longlive_jax.undo import Past
 
@@ -226,3 +227,43 @@ def test_random_moments_of_commands(attack, kind):
     seen = attack.commands(kind, 4, random.Random(2))
     assert sum(seen.values()) == 4
     assert not [name for name in seen if name.startswith("FAULT")], seen
+
+
+def failed(*_, **__):
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand a page more")
+
+
+def test_a_device_that_fails_before_the_state_is_taken_changes_nothing(tiny, monkeypatch):
+    session, twin = begun(tiny), begun(tiny)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="RESOURCE"):
+        patch.setattr(rollout, "generate", failed)
+        session.next_chunk()
+    assert is_same(session, twin)
+
+
+def test_a_device_that_fails_after_it_ends_the_session_with_a_sentence(tiny, monkeypatch):
+    session = begun(tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "decode", failed)
+        with pytest.raises(
+            SessionError, match="^the session is lost and closed: RESOURCE.*memory$"
+        ):
+            session.next_chunk()
+    assert session.closed and session.frame == begun(tiny).frame
+    with pytest.raises(SessionError, match="the session is closed"):
+        session.next_chunk()
+
+
+def test_a_device_that_fails_in_a_batch_ends_it_with_a_sentence(tiny, monkeypatch):
+    batch, sessions = Batch(tiny, 2), [begun(tiny), begun(tiny)]
+    for session in sessions:
+        batch.add(session)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "decode", failed)
+        with pytest.raises(SessionError, match="^the batch is lost: RESOURCE.*memory$"):
+            batch.next_chunks()
+    with pytest.raises(SessionError, match="the batch is lost"):
+        batch.next_chunks()
+    with pytest.raises(SessionError, match="the session is lost and closed"):
+        sessions[0].switch(BLUE)
+    assert sessions[0].closed and sessions[0] not in batch

@@ -133,10 +133,11 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, given, monkeypatch):
 
 
 def test_a_run_that_is_told_to_end_at_a_checkpoint_is_saved_once(tmp_path, given, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
     run = begin(tmp_path, given())
     until(run, 2, monkeypatch)  # which is saved anyway
     assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # --- what goes wrong on the way -------------------------------------------------------------------
