@@ -8,30 +8,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import pathlib
+from typing import Annotated, Any
+
+from longlive_jax import fields
+from longlive_jax.fields import Checked, Count, Few, FieldError, Number, Positive, Range, Size
 
 SHIPPED = pathlib.Path(__file__).parent / "models"
+Epsilon = Annotated[float, Range(0, 1)]
+Stride = Annotated[int, Range(1, 64)]
+Strides = tuple[tuple[Stride, Stride], ...]  # (time, space) each
+MOST_KEPT = 1 << 40  # numbers in the memory of a window
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Checked):
     """Shape of the Wan diffusion transformer (Wan2.2 `wan/modules/model.py:WanModel`)."""
 
-    dim: int
-    ffn_dim: int
-    heads: int
-    layers: int
-    channels: int  # latent channels, in and out
-    text_dim: int
-    text_len: int
-    freq_dim: int = 256
-    patch: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-    rope_theta: float = 10000.0
+    dim: Size
+    ffn_dim: Size
+    heads: Few
+    layers: Few
+    channels: Few  # latent channels, in and out
+    text_dim: Size
+    text_len: Annotated[int, Range(1, 1 << 16)]
+    freq_dim: Size = 256
+    patch: tuple[Few, Few, Few] = (1, 2, 2)
+    eps: Epsilon = 1e-6
+    rope_theta: Positive = 10000.0
     # Rows and columns (in tokens) after which space repeats. None is Wan's geometric ladder of
     # frequencies; a period takes harmonics of it instead, for worlds that wrap around.
-    rope_period: tuple[int, int] | None = None
+    rope_period: tuple[Size, Size] | None = None
 
     @property
     def head_dim(self) -> int:
@@ -39,21 +48,24 @@ class DiTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Checked):
     """Shape of a Wan causal video VAE (Wan2.1 `vae.py`, Wan2.2 `vae2_2.py`)."""
 
-    latent_channels: int
-    encoder_dim: int
-    decoder_dim: int
-    multipliers: tuple[int, ...]
-    res_blocks: int
-    strides: tuple[tuple[int, int], ...]  # (time, space) of each downsampling, in encoder order
-    patch: int = 1  # pixels folded into channels before the first convolution
+    latent_channels: Few
+    encoder_dim: Size
+    decoder_dim: Size
+    multipliers: tuple[Few, ...]
+    res_blocks: Annotated[int, Range(0, 64)]
+    strides: Strides  # (time, space) of each downsampling, in encoder order
+    patch: Stride = 1  # pixels folded into channels before the first convolution
     shortcut: bool = False  # the 2.2 averaging / duplicating shortcuts around whole levels
     attention: bool = True  # self-attention over one frame in the middle block
-    kernel: tuple[int, int] = (3, 3)  # (time, space) of the convolutions that keep the resolution
-    mean: tuple[float, ...] = ()  # latent statistics, one number per channel
-    std: tuple[float, ...] = ()
+    kernel: tuple[Stride, Stride] = (
+        3,
+        3,
+    )  # (time, space) of the convolutions that keep the resolution
+    mean: tuple[Number, ...] = ()  # latent statistics, one number per channel
+    std: tuple[Positive, ...] = ()
 
     @property
     def time_stride(self) -> int:
@@ -71,17 +83,17 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TAEConfig:
+class TAEConfig(Checked):
     """Shape of a tiny autoencoder (`taehv.py:TAEHV`) that speaks the normalised latents of a Wan
     VAE.
     """
 
-    latent_channels: int
-    patch: int = 1  # pixels folded into channels before the first convolution
-    encoder_dim: int = 64
-    decoder_dims: tuple[int, ...] = (256, 128, 64, 64)  # before each upsampling, and at the end
-    blocks: int = 3
-    strides: tuple[tuple[int, int], ...] = ((2, 2), (2, 2), (1, 2))  # (time, space), encoder order
+    latent_channels: Few
+    patch: Stride = 1  # pixels folded into channels before the first convolution
+    encoder_dim: Size = 64
+    decoder_dims: tuple[Size, ...] = (256, 128, 64, 64)  # before each upsampling, and at the end
+    blocks: Annotated[int, Range(0, 64)] = 3
+    strides: Strides = ((2, 2), (2, 2), (1, 2))  # (time, space), encoder order
 
     @property
     def time_stride(self) -> int:
@@ -163,22 +175,22 @@ TINY_VAE = VAEConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """Shape of a UMT5 encoder (Wan2.2 `wan/modules/t5.py:T5Encoder`)."""
 
-    vocab: int
-    dim: int
-    attn_dim: int
-    ffn_dim: int
-    heads: int
-    layers: int
-    buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
+    vocab: Annotated[int, Range(1, 1 << 24)]
+    dim: Size
+    attn_dim: Size
+    ffn_dim: Size
+    heads: Few
+    layers: Few
+    buckets: Annotated[int, Range(4, 4096)] = 32
+    max_distance: Size = 128
+    eps: Epsilon = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Recache:
+class Recache(Checked):
     """How the window is re-read under a new prompt (LongLive 1.0 section 3.1).
 
     form: "causal": a chunk sees itself and what came before it, as when it was made;
@@ -195,23 +207,26 @@ class Recache:
     SINKS = ("first", "keep", "window")
 
     def __post_init__(self):
+        super().__post_init__()
         for name, choices in (("form", self.FORMS), ("sinks", self.SINKS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamConfig:
+class StreamConfig(Checked):
     """How a video is cut into chunks, and what a chunk may attend. All lengths in latent frames."""
 
-    chunk: int
-    window: int  # attended frames, the current chunk and the sinks included
-    sink: int  # first frames of the video, always attended
-    shot_sink: int = 0  # first frames of the current shot, the same (LongLive 2.0 section 4.2)
-    shot_offset: int = 8  # added to temporal RoPE positions at every cut (ibid.)
+    chunk: Few
+    window: Annotated[
+        int, Range(1, 1 << 16)
+    ]  # attended frames, the current chunk and the sinks included
+    sink: Count  # first frames of the video, always attended
+    shot_sink: Count = 0  # first frames of the current shot, the same (LongLive 2.0 section 4.2)
+    shot_offset: Count = 8  # added to temporal RoPE positions at every cut (ibid.)
     # Positions: of the frame in the video, or its rank in time among what is attended.
     rope: str = "absolute"
-    time_scale: float = 1.0  # of temporal positions
+    time_scale: Positive = 1.0  # of temporal positions
     clean_recache: bool = False  # a cut's first clean pass sees the global sink and itself only
     # A finished chunk is read into the memory by a pass of its own; otherwise what its last
     # denoising step wrote there stays, which saves one forward a chunk.
@@ -229,6 +244,7 @@ class StreamConfig:
     KV = ("model", "bf16", "int8", "fp8", "nvfp4")
 
     def __post_init__(self):
+        super().__post_init__()
         sinks = self.sink + self.shot_sink
         if self.chunk + sinks > self.window:
             raise ValueError(
@@ -250,13 +266,13 @@ class StreamConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Checked):
     """How one chunk is denoised (`sampler.make`)."""
 
     solver: str  # "unipc" (LongLive 2.0), "renoise" (LongLive 1.0), "dpmpp" or "euler"
     steps: int
-    shift: float
-    guidance: float = 1.0
+    shift: Positive
+    guidance: Number = 1.0
     timesteps: tuple[int, ...] = ()  # of "renoise": falling from 1000; evenly spaced if empty
     warp: bool = True  # whether these are places in the shifted table, or what the model is told
 
@@ -269,7 +285,7 @@ class SamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Precision:
+class Precision(Checked):
     """In how many bits matrices of the transformer are kept, and multiplied.
 
     layers: patterns of the paths of linear layers ("blocks.*", "blocks.ffn_in") with int8, fp8,
@@ -287,6 +303,7 @@ class Precision:
     RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
 
     def __post_init__(self):
+        super().__post_init__()
         for pattern, kind in self.layers:
             if kind not in self.KINDS:
                 raise ValueError(f"{pattern} in {kind!r}: choose {', '.join(self.KINDS)}")
@@ -304,11 +321,11 @@ class Precision:
 
     @classmethod
     def from_json(cls, data: dict) -> Precision:
-        return cls(**_tuples(data))
+        return fields.make(cls, data)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """One complete text-to-video system."""
 
     name: str
@@ -317,9 +334,9 @@ class ModelConfig:
     text: TextConfig
     stream: StreamConfig
     sampler: SamplerConfig
-    height: int
-    width: int
-    fps: int
+    height: Annotated[int, Range(1, 1 << 14)]
+    width: Annotated[int, Range(1, 1 << 14)]
+    fps: Annotated[int, Range(1, 1000)]
     # Faster relatives of `vae` that decode the same latents: their names and shapes.
     decoders: tuple[tuple[str, VAEConfig | TAEConfig], ...] = ()
     # Parameters that the converted checkpoint lacked, by leave of `--allow-missing`; zeros.
@@ -362,29 +379,85 @@ def to_json(cfg: ModelConfig) -> dict:
 
 
 def from_json(data: dict) -> ModelConfig:
-    """The inverse of `to_json`. Raises TypeError for fields that there are none of, KeyError for
-    missing parts.
+    """The inverse of `to_json`.
+
+    Raises:
+      InputError: a field is missing, unknown, or has a value that it cannot have.
     """
-    parts = dict(dit=DiTConfig, vae=VAEConfig, text=TextConfig, stream=StreamConfig)
-    parts |= dict(sampler=SamplerConfig)
-    given = {name: _tuples(data[name]) for name in parts}
-    if "recache" in given["stream"]:
-        given["stream"]["recache"] = Recache(**given["stream"]["recache"])
-    made = {name: kind(**given[name]) for name, kind in parts.items()}
-    decoders = _tuples(data.get("decoders", {}))
-    if data.get("precision"):
-        made["precision"] = Precision.from_json(data["precision"])
-    made["decoders"] = tuple(
-        (name, _DECODERS[part.pop("kind")](**part)) for name, part in decoders.items()
-    )
-    return ModelConfig(**(_tuples(data) | made))
+    decoders = data.get("decoders", {})
+    if not isinstance(decoders, dict):
+        raise FieldError("decoders", "are a group of decoders by their names")
+    named = tuple((name, _decoder(part, f"decoders.{name}")) for name, part in decoders.items())
+    cfg = fields.make(ModelConfig, data | {"decoders": named})
+    _check_parts(cfg)
+    return cfg
 
 
-def _tuples(value):
-    """Lists as tuples, all the way down: configs are hashable."""
-    if isinstance(value, dict):
-        return {name: _tuples(part) for name, part in value.items()}
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+def _decoder(data: Any, path: str) -> VAEConfig | TAEConfig:
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(kind, str) or kind not in _DECODERS:
+        raise FieldError(f"{path}.kind", f"is one of {', '.join(_DECODERS)}")
+    rest = {name: value for name, value in data.items() if name != "kind"}
+    return fields.make(_DECODERS[kind], rest, path)
+
+
+def _require(true: bool, field: str, said: str) -> None:
+    if not true:
+        raise FieldError(field, said)
+
+
+def _check_parts(cfg: ModelConfig) -> None:
+    """Whether the fields of each part go together. Raises InputError."""
+    dit, text = cfg.dit, cfg.text
+    even = dit.dim % (2 * dit.heads) == 0
+    _require(even, "dit.dim", f"is a multiple of {2 * dit.heads}: {dit.heads} heads of even size")
+    _require(dit.freq_dim % 2 == 0, "dit.freq_dim", f"is an even number, not {dit.freq_dim}")
+    whole, room = text.attn_dim % text.heads == 0, text.max_distance > text.buckets // 4
+    _require(whole, "text.attn_dim", f"is a multiple of {text.heads} heads")
+    _require(text.buckets % 4 == 0, "text.buckets", "are a multiple of 4")
+    _require(room, "text.max_distance", f"is more than a quarter of the {text.buckets} buckets")
+    _check_vae("vae", cfg.vae)
+    for name, part in cfg.decoders:
+        _check_vae(f"decoders.{name}", part)
+
+
+def _check_vae(path: str, cfg: VAEConfig | TAEConfig) -> None:
+    levels = len(cfg.strides)
+    _require(0 < levels < 16, f"{path}.strides", f"are 1 to 15 pairs, not {levels}")
+    if isinstance(cfg, TAEConfig):
+        more = len(cfg.decoder_dims) == levels + 1
+        _require(more, f"{path}.decoder_dims", f"are one more than the {levels} strides")
+        return
+    more = len(cfg.multipliers) == levels + 1
+    _require(more, f"{path}.multipliers", f"are one more than the {levels} strides")
+    for name in ("mean", "std"):
+        counts = len(getattr(cfg, name)) in (0, cfg.latent_channels)
+        _require(counts, f"{path}.{name}", f"has {cfg.latent_channels} numbers, one a channel")
+    for size in cfg.kernel:
+        _require(size % 2 == 1, f"{path}.kernel", f"has odd sizes, not {size}")
+
+
+def check_whole(cfg: ModelConfig) -> None:
+    """Whether the parts of a model fit each other, and what it keeps can be counted.
+
+    Raises:
+      InputError: they do not, or no memory holds its window.
+    """
+    for one, other in (("text.dim", "dit.text_dim"), ("vae.latent_channels", "dit.channels")):
+        sizes = [operator.attrgetter(name)(cfg) for name in (one, other)]
+        if sizes[0] != sizes[1]:
+            raise FieldError(one, f"is {sizes[0]} and {other} {sizes[1]}, which must be the same")
+    for name, decoder in cfg.decoders:
+        theirs = decoder.time_stride, decoder.space_stride, decoder.latent_channels
+        if theirs != (cfg.vae.time_stride, cfg.vae.space_stride, cfg.vae.latent_channels):
+            raise FieldError(f"decoders.{name}", "decodes other latents than the model makes")
+    if not cfg.tokens_per_frame:
+        rows, columns = (cfg.vae.space_stride * size for size in cfg.dit.patch[1:])
+        raise FieldError("height", f"and width are at least {rows} x {columns}")
+    tokens = cfg.stream.window * cfg.tokens_per_frame
+    kept = 2 * tokens * cfg.dit.dim * cfg.dit.layers * cfg.sampler.branches
+    if kept > MOST_KEPT:
+        raise FieldError("stream.window", f"holds {kept:.0e} keys and values, more than can be")
 
 
 WAN21_TAE = TAEConfig(latent_channels=16)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax import arguments, config, opening, rollout, sampler, weights
+from longlive_jax import arguments, config, documents, opening, rollout, sampler, weights
 from longlive_jax import lora as loras
 from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig, folder_of
 from longlive_jax.convert.table import NameMismatch, Pending
@@ -227,6 +227,7 @@ def load(
     """
     folder = folder_of(name)
     cfg = _products(folder, read_config(folder), weights_only)
+    _check(folder, cfg)
     decoder = _decoder(folder, cfg, vae)
     build = {
         "dit": lambda: _transformer(cfg),
@@ -261,6 +262,17 @@ def load(
     return Model(cfg, parts["dit"], parts["vae"], text, origin)
 
 
+def _check(folder: pathlib.Path, cfg: ModelConfig) -> None:
+    """Whether a model of that config can make videos. Raises InputError."""
+    try:
+        config.check_whole(cfg)
+        sampler.make(cfg.sampler)
+        if cfg.stream.attention != "best":
+            rollout.check_attention(cfg, jnp.float32)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f'"{folder / "config.json"}" is no model\'s config: {error}') from error
+
+
 def _transformer(cfg: ModelConfig) -> DiT:
     dit = DiT(cfg.dit, rngs=nnx.Rngs(0))
     if cfg.precision is None:
@@ -291,12 +303,14 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     """Of a model in a folder. Raises InputError where there is none."""
     path = folder / "config.json"
     try:
-        return config.from_json(json.loads(path.read_text("utf-8")))
+        data = documents.read(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f'"{folder}" is no model: config.json is missing') from error
-    except KeyError as error:
-        raise InputError(f'"{path}" is no model\'s config: it has no {error.args[0]}') from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    if not isinstance(data, dict):
+        raise InputError(f'"{path}" is no model\'s config: it is no group of fields')
+    try:
+        return config.from_json(data)
+    except InputError as error:
         raise InputError(f'"{path}" is no model\'s config: {error}') from error
 
 

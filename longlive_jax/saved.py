@@ -10,7 +10,7 @@ import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from longlive_jax import output, rollout, sampler, timeline, weights
-from longlive_jax.config import Precision, Recache
+from longlive_jax import output, rollout, saved_check, timeline, weights
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.model import Model, Origin, load
-from longlive_jax.progress import Chunk, Lock, PendingChunk, Position, Progress, Receipt, State
+from longlive_jax.progress import Lock, PendingChunk, Position, Progress, State
 from longlive_jax.session import Session
 from longlive_jax.undo import Past
 from longlive_jax.vae import vae as coder
@@ -132,11 +131,7 @@ def origin(folder: str | os.PathLike) -> Origin:
       InputError: there is no session, or it is broken.
     """
     folder = pathlib.Path(os.path.abspath(folder))
-    with _understood(folder):
-        facts = dict(_facts(folder)["model"])
-        if facts["precision"]:
-            facts["precision"] = Precision.from_json(facts["precision"])
-        return Origin(**facts)
+    return saved_check.read_facts(folder / FACTS).model
 
 
 def choices(made_by: Origin) -> dict[str, Any]:
@@ -148,29 +143,6 @@ def choices(made_by: Origin) -> dict[str, Any]:
 def _loaded(load: Callable[..., Model], made_by: Origin, dtype: Any) -> Model:
     model = load(made_by.name, dtype=dtype, **choices(made_by))
     return model if made_by.precision is None else model.quantized(made_by.precision)
-
-
-def _facts(folder: pathlib.Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((folder / FACTS).read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"there is no session in {folder}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"the session in {folder} cannot be read: {error}") from error
-    if not isinstance(facts, dict):
-        raise InputError(f"the session in {folder} is broken: {FACTS} makes no sense")
-    return facts
-
-
-@contextlib.contextmanager
-def _understood(folder: pathlib.Path) -> Iterator[None]:
-    """Facts that are not as they were written are said so, in a sentence."""
-    try:
-        yield
-    except KeyError as error:
-        raise InputError(f"the session in {folder} is broken: {FACTS} has no {error}") from error
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"the session in {folder} is broken: {FACTS} makes no sense") from error
 
 
 def restore(
@@ -192,40 +164,36 @@ def restore(
       SessionError: the session belongs to another model.
     """
     folder = pathlib.Path(os.path.abspath(folder))
-    facts = _facts(folder)
-    with _understood(folder):
-        position = Position(**_changes(facts["position"]))
-        steps = tuple(sampler.Step(**_tuples(step)) for step in facts["solver"]["steps"])
-        fingerprint, notes = facts["fingerprint"], tuple(facts["notes"])
-        history, seed = facts["history"], facts["seed"]
-        last = facts["last"] and Chunk(**_changes(facts["last"]))
-        ahead = [Position(**_changes(at)) for at in facts["ahead"]]
-        dtype, stream = jnp.dtype(facts["dtype"]), dict(facts["stream"])
-        stream["recache"] = Recache(**stream["recache"])
-    if stream.get("rope") == "relative" and facts.get("keys") != KEYS:
+    facts = saved_check.read_facts(folder / FACTS)
+    position, made_by, fingerprint = facts.position, facts.model, facts.fingerprint
+    stream, ahead, dtype = facts.stream_choices, list(facts.ahead), jnp.dtype(facts.dtype)
+    if stream.get("rope") == "relative" and facts.keys != KEYS:
         raise InputError(
             f"the session in {folder} is of a version that kept keys of relative positions another"
             " way; play it again from its prompts"
         )
-    made_by = origin(folder)
     model = model or _loaded(load, made_by, dtype).streaming(**stream)
     if model.fingerprint != fingerprint:
         raise SessionError(
             f'the session in {folder} belongs to another model: it was made with "{made_by.name}"'
             f" ({fingerprint}), not with {model.config.name} ({model.fingerprint})"
         )
-    arrays = _read(folder, _arrays_folder(folder, facts))
+    most = saved_check.most_bytes(model, len(ahead))
+    arrays = _read(folder, facts.arrays, most)
     lacking = {"rollout", "carry", *(f"ahead_{i}" for i in range(len(ahead)))} - arrays.keys()
     if lacking:
         raise InputError(f"the session in {folder} is broken: it has no {min(lacking)}")
+    saved_check.check_arrays(arrays, model, facts, str(folder))
     state = _state(model, arrays, position, folder)
     if vae_device is not None:
         state = dataclasses.replace(state, carry=jax.device_put(state.carry, vae_device))
     given = None if "given" not in arrays else jnp.asarray(arrays["given"])
     progress = _progress(model, position, arrays, ahead)
-    progress = dataclasses.replace(progress, past=Past(history), last=last)
-    options = dict(given=given, vae_device=vae_device, notes=notes, seed=seed)
-    return Session(state, progress, solver=sampler.Solver(steps), **options)
+    if progress.frame < 0:
+        raise InputError(f"the session in {folder} is broken: more frames wait than were made")
+    progress = dataclasses.replace(progress, past=Past(facts.history), last=facts.last)
+    options = dict(given=given, vae_device=vae_device, notes=facts.notes, seed=facts.seed)
+    return Session(state, progress, solver=facts.solver, **options)
 
 
 def _progress(
@@ -240,26 +208,20 @@ def _progress(
     return Progress(model, position, frame, Past(0), tuple(chunks), rest)
 
 
-def _arrays_folder(folder: pathlib.Path, facts: dict[str, Any]) -> pathlib.Path:
-    """Where the session's arrays are. Sessions of earlier versions do not say."""
-    name = facts.get("arrays", ARRAYS)
-    if not isinstance(name, str) or re.fullmatch(rf"{ARRAYS}(-[0-9a-f]+)?", name) is None:
-        raise InputError(f"the session in {folder} is broken: its arrays have no name of ours")
-    return folder / name
-
-
-def _read(folder: pathlib.Path, held: pathlib.Path) -> dict[str, Any]:
+def _read(folder: pathlib.Path, name: str, most: int) -> dict[str, Any]:
+    """The arrays. name: of their folder. most: bytes that they may have."""
     try:
         with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-            found = checkpointer.metadata(held).item_metadata
+            found = checkpointer.metadata(folder / name).item_metadata
+            saved_check.check_claims(found, most, folder)
             # As numpy: whichever device wrote them need not be here.
             wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(found.items()))
-            return checkpointer.restore(held, wanted)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # What Orbax and TensorStore say takes a page.
-        raise InputError(
-            f"the session in {folder} is broken: {held.name} cannot be read"
-        ) from error
+            return checkpointer.restore(folder / name, wanted)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore do not say which they raise
+        # What they say takes a page.
+        raise InputError(f"the session in {folder} is broken: {name} cannot be read") from error
 
 
 def _state(model: Model, arrays: dict, position: Position, folder: pathlib.Path) -> State:
@@ -280,11 +242,3 @@ def _state(model: Model, arrays: dict, position: Position, folder: pathlib.Path)
     memory, carry = filled("rollout", memory), filled("carry", carry)
     memory = dataclasses.replace(memory, key=jax.random.wrap_key_data(memory.key))
     return State(memory, carry, text)
-
-
-def _changes(fields: dict) -> dict:
-    return fields | {"changes": tuple(Receipt(**change) for change in fields["changes"])}
-
-
-def _tuples(fields: dict) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

@@ -13,12 +13,11 @@ Nothing goes by a file's name that its tensors can tell.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from longlive_jax import config, weights
+from longlive_jax import config, documents, weights
 from longlive_jax.config import (
     DiTConfig,
     ModelConfig,
@@ -310,7 +309,7 @@ def _folder(path: pathlib.Path, hints: Mapping[str, Any]) -> Source:
 def _ours(path: pathlib.Path, said: Mapping[str, Any]) -> Source:
     try:
         cfg = config.from_json(dict(said))
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"{path / 'config.json'} cannot be read: {error}") from error
     held = [name for name in PARTS if weights.exists(path, name)]
     precision = {"dit": cfg.precision}
@@ -335,8 +334,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        said = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        said = documents.read(path)
+    except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(said, dict):
         raise InputError(f"{path} is no config")
