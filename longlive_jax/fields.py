@@ -58,15 +58,13 @@ class Checked:
     """A dataclass whose fields are what their annotations say."""
 
     def __post_init__(self) -> None:
-        check(self)
+        for name, hint in _hints(type(self)).items():
+            _check(getattr(self, name), hint, name)
 
 
-def check(value: Any) -> None:
-    """Raises FieldError where a field of a dataclass is not what its annotation says."""
-    for name, hint in _hints(type(value)).items():
-        field = getattr(value, name)
-        if not _fits(field, hint):
-            raise FieldError(name, f"is {_words(hint)}, not {_short(field)}")
+def _check(value: Any, hint: Any, path: str) -> None:
+    if not _fits(value, hint):
+        raise FieldError(path, f"is {_words(hint)}, not {_short(value)}")
 
 
 def make(kind: type[T], data: Any, path: str = "") -> T:
@@ -86,11 +84,10 @@ def make(kind: type[T], data: Any, path: str = "") -> T:
         if name not in data and field.default is dataclasses.MISSING:
             raise FieldError(path or "it", f"has no {name}")
     values = {name: made_of(data[name], hints[name], f"{prefix}{name}") for name in data}
+    for name, value in values.items():
+        _check(value, hints[name], f"{prefix}{name}")
     try:
-        made = kind(**values)
-        if not isinstance(made, Checked):
-            check(made)
-        return made
+        return kind(**values)
     except FieldError as error:
         raise FieldError(f"{prefix}{error.path}", error.said) from error
     except ValueError as error:
@@ -102,10 +99,10 @@ def made_of(value: Any, hint: Any, path: str) -> Any:
     hint = _bare(hint)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (part for part in inner if part is not type(None))
-        return made_of(value, hint, path)
+        parts = [part for part in inner if part is not type(None)]
+        if value is None or len(parts) > 1:  # of several kinds only a value itself can be told
+            return value
+        return made_of(value, parts[0], path)
     if dataclasses.is_dataclass(hint):
         return make(hint, value, path)
     if origin is tuple and isinstance(value, list | tuple):
@@ -114,6 +111,8 @@ def made_of(value: Any, hint: Any, path: str) -> Any:
             raise FieldError(path, f"is {_words(hint)}, not {_short(value)}")
         pairs = enumerate(zip(value, kinds, strict=True))
         return tuple(made_of(part, kind, f"{path}[{i}]") for i, (part, kind) in pairs)
+    if hint is float and _fits(value, float):
+        return float(value)  # 3 stands for 3.0
     return value
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from longlive_jax.errors import InputError
 from longlive_jax.text.tokenizer import PieceTokenizer, Tokenizer
 from longlive_jax.text.umt5 import UMT5, encode
 
@@ -25,16 +26,16 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str]) -> Float[Array, "b text_len d"]:
         """Embeddings of prompts, one row a token.
 
-        Raises ValueError if the tokenizer pads beyond `text_len` or knows ids the encoder lacks.
+        Raises InputError if the tokenizer pads beyond `text_len` or knows ids the encoder lacks.
         """
         ids, mask = self.tokenizer(prompts)
         if ids.shape[1] > self.text_len:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer gives {ids.shape[1]} tokens, the model takes {self.text_len}"
             )
         vocab = self.umt5.cfg.vocab
         if ids.max(initial=0) >= vocab:
-            raise ValueError(f"token {ids.max()} is outside the text encoder's {vocab} embeddings")
+            raise InputError(f"token {ids.max()} is outside the text encoder's {vocab} embeddings")
         return _encode(self.umt5, ids, mask, self.text_len)
 
     def note(self, prompt: str) -> str:

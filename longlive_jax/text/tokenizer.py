@@ -13,9 +13,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int
 
+from longlive_jax.errors import InputError
 from longlive_jax.text.clean import clean
 
 EOS, UNKNOWN = "</s>", "<unk>"
+LARGEST = 2**31  # ids are int32
 _NAMED = 5  # unknown words that a note names
 _SHOWN = 60  # characters of a prompt that a note shows
 
@@ -50,6 +52,8 @@ class PieceTokenizer:
         mask = np.zeros(ids.shape, bool)
         for row, prompt in enumerate(prompts):
             found = [*self.pieces(clean(prompt))[: self.text_len - 1], self.eos]
+            if odd := [number for number in found if not 0 <= number < LARGEST]:
+                raise InputError(f"token {odd[0]} is outside any vocabulary")
             ids[row, : len(found)] = found
             mask[row, : len(found)] = True
         return ids, mask
