@@ -26,6 +26,7 @@ from absl import app, flags, logging
 
 from longlive_jax import lora as loras
 from longlive_jax import media, model, saved, saved_check, video, weights
+from longlive_jax.config import folder_of
 from longlive_jax.convert.source import open_checkpoint
 from longlive_jax.data import folder as footage
 from longlive_jax.errors import InputError
@@ -198,7 +199,7 @@ def repacked(draw: random.Random, data: bytes, folder: pathlib.Path) -> bytes:
 def attacked(kind: str, draw: random.Random, base: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
     """Writes a damaged file of that kind into an empty folder; returns what is to be read."""
     if kind == "config":
-        for file in (model.SHIPPED / "tiny").iterdir():
+        for file in folder_of("tiny").iterdir():
             (to / file.name).symlink_to(file)
         config = to / "config.json"
         data = config.read_bytes()
