@@ -62,9 +62,7 @@ REFERRING = (
 def make_base(base: pathlib.Path) -> None:
     """Writes a whole file of each kind, made from the tiny model."""
     tiny = model.load("tiny")
-    session = tiny.session("a red circle", image=np.zeros((64, 64, 3), np.uint8))
-    session.next_chunk()
-    session.switch("a blue square")
+    session = tiny.session("a red circle", steps=2)
     session.begin_chunk()
     session.save(base / "session")
     some = dict(list(weights.flatten(tiny.vae).items())[:6])
