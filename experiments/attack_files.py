@@ -8,6 +8,7 @@ code is 1. Files are read in child processes, many in each.
 """
 
 import collections
+import copy
 import json
 import pathlib
 import random
@@ -151,14 +152,15 @@ def edited(draw: random.Random, data: bytes) -> bytes:
         if how < 0.1:
             del inner[last]
         elif how < 0.15 and isinstance(inner, dict):
-            inner[draw.choice(("x", "", "kind", "decoders", "precision"))] = draw.choice(VALUES)
+            name = draw.choice(("x", "", "kind", "decoders", "precision"))
+            inner[name] = copy.deepcopy(draw.choice(VALUES))
         elif how < 0.25:
             odd[mark := f"odd text {len(odd)}"] = draw.choice(ODD_TEXTS)
             inner[last] = mark
         elif how < 0.5 and isinstance(inner[last], int | float):
             inner[last] = inner[last] * draw.choice((-1, 2, 3, 1000, 0.5, 2**40))
         else:
-            inner[last] = draw.choice(VALUES)
+            inner[last] = copy.deepcopy(draw.choice(VALUES))
     digits = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     text = json.dumps(document)

@@ -185,6 +185,8 @@ def read(
             alpha = _alpha_of(config)
         return from_tensors(checkpoint.groups[found[0]], alpha=alpha)
     except InputError as error:
+        if str(path) in str(error):  # of what is found as its tensors are read
+            raise
         raise InputError(f"{path}: {error}") from error
 
 
