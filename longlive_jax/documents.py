@@ -28,7 +28,8 @@ def read(path: str | os.PathLike[str], *, limit: int = LARGEST) -> Any:
         if not path.is_file() and path.exists():
             raise InputError(f"{path} is no ordinary file")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, limit) + 1)  # which takes that much memory at once
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:

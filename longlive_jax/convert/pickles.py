@@ -122,7 +122,7 @@ def _check_zip(path: pathlib.Path, file: BinaryIO) -> None:
 def _check_legacy(path: pathlib.Path, file: BinaryIO) -> None:
     """Before PyTorch 1.6: five pickles, the fourth of which is the object, then the numbers."""
     size = os.fstat(file.fileno()).st_size
-    data = io.BytesIO(file.read(LARGEST))
+    data = io.BytesIO(file.read(min(size, LARGEST)))
     claimed: dict[str, int] = {}
 
     def claim(key: str, nbytes: int) -> None:
