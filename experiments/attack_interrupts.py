@@ -189,7 +189,7 @@ def _length(command: Command) -> float:
             os.mkdir(folder)
             process = _started(command, pathlib.Path(folder))
             start = time.perf_counter()
-            process.wait()
+            process.communicate()
     return time.perf_counter() - start
 
 
@@ -216,6 +216,7 @@ def _signalled(command: Command, how: signal.Signals, delay: float, folder: path
         _, said = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
         process.kill()
+        process.communicate()
         raise FoundError(f"still running after {PATIENCE:.0f} s") from error
     code = process.returncode
     if code not in (0, 130):

@@ -48,7 +48,7 @@ _TABLE, _WINDOW = ("chunk_table", "dit"), ("sink_window", "cache")
 _LINEAR = ("nvfp4_linear", "nvfp4_backends")
 TESTS = {
     "longlive_jax/rollout.py": ("streaming", "cache", "session", "longlive1", "sequence"),
-    "longlive_jax/session.py": ("session", "saved", "batch", "threads", "adapt"),
+    "longlive_jax/session.py": ("session", "interrupts", "saved", "batch", "threads", "adapt"),
     "longlive_jax/sampler.py": ("sampler", "streaming", "pipeline", "longlive1"),
     "longlive_jax/flow.py": ("flow", "sampler", "flow_loss"),
     "longlive_jax/dit/attention.py": ("streaming", "cache", "dit", "sink_window", "lora"),
@@ -92,9 +92,11 @@ TESTS = {
     "longlive_jax/train/work.py": ("train_plan", "bench_train"),
     "longlive_jax/convert/export.py": ("convert", "convert_live"),
     "longlive_jax/convert/family.py": ("convert", "source"),
+    "longlive_jax/convert/finite.py": ("damaged_checkpoints", "source"),
     "longlive_jax/convert/light.py": ("fast_vae", "convert"),
     "longlive_jax/convert/lora.py": ("lora", "convert", "quant"),
     "longlive_jax/convert/nvfp4.py": ("nvfp4_quantize", "convert"),
+    "longlive_jax/convert/pickles.py": ("damaged_checkpoints", "source"),
     "longlive_jax/convert/run.py": ("convert", "convert_live"),
     "longlive_jax/convert/source.py": ("source", "convert"),
     "longlive_jax/convert/table.py": ("weights", "convert"),

@@ -120,6 +120,14 @@ GROUPS = {
             f"{LONG_TOY} --workdir=runs/long": DISTILLED,
         }
     ),
+    "attacks": Group(
+        {
+            "python experiments/attack_files.py --count 1000": "--count 3 --kinds config,lora",
+            "python experiments/attack_interrupts.py --count 300": "--count 1 --kinds next_chunk",
+            "python experiments/mutations.py --count=100": "--show",
+        },
+        marks=("long",),
+    ),
     "plans": Group(
         {
             "longlive plan --seconds 240": "--preset wan21_1_3b --gpu h100 --source formula",

@@ -1,21 +1,16 @@
 """A sample of the attack on files: what is damaged is loaded or refused, in every kind."""
 
 import gc
-import importlib.util
-import pathlib
 
 import pytest
+import scripts
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "attack_files.py"
 COUNT = 20
 
 
 @pytest.fixture(scope="module")
 def attack():
-    spec = importlib.util.spec_from_file_location("attack_files", SCRIPT)
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return scripts.load("attack_files")
 
 
 @pytest.fixture(scope="module")

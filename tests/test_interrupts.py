@@ -1,14 +1,13 @@
 """Signals at the worst moments: nothing is lost, and what was begun goes on."""
 
-import importlib.util
 import os
-import pathlib
 import random
 import signal
 import threading
 
 import numpy as np
 import pytest
+import scripts
 from test_session import tiny as tiny  # a fixture
 
 import longlive_jax
@@ -207,11 +206,7 @@ def test_ctrl_c_during_a_save_comes_after_it(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def attack():
-    path = pathlib.Path(__file__).parents[1] / "experiments" / "attack_interrupts.py"
-    spec = importlib.util.spec_from_file_location("attack_interrupts", path)
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return scripts.load("attack_interrupts")
 
 
 @pytest.mark.parametrize("kind", ["next_chunk", "switch", "save"])

@@ -14,7 +14,7 @@ from flax import nnx
 
 from longlive_jax import cli, layers, lora, weights
 from longlive_jax import model as models
-from longlive_jax.config import WAN21_T2V_1_3B, StreamConfig
+from longlive_jax.config import WAN21_T2V_1_3B, StreamConfig, folder_of
 from longlive_jax.convert import wan_dit
 from longlive_jax.convert.table import export, fill
 from longlive_jax.dit import cache as slots
@@ -484,7 +484,7 @@ def test_merge_lora(tmp_path, tiny_lora):
     output = tmp_path / "merged"
     arguments = ["--lora", str(tmp_path / "lora.safetensors"), "--output", str(output)]
     assert cli.run(["merge-lora", "--model", "tiny", *arguments]) == 0
-    before, after = (weights.read(f, "dit") for f in (models.SHIPPED / "tiny", output))
+    before, after = (weights.read(f, "dit") for f in (folder_of("tiny"), output))
     assert dict(before).keys() == dict(after).keys()
     for path in before:
         old, new = before[path], after[path]
@@ -497,9 +497,7 @@ def test_merge_lora(tmp_path, tiny_lora):
             np.testing.assert_allclose(np.float32(new), np.float32(expected), rtol=1e-2, atol=1e-6)
         else:
             np.testing.assert_array_equal(old, new)
-    assert {f.name for f in output.iterdir()} == {
-        f.name for f in (models.SHIPPED / "tiny").iterdir()
-    }
+    assert {f.name for f in output.iterdir()} == {f.name for f in (folder_of("tiny")).iterdir()}
     assert models.load(str(output)).config == models.load("tiny").config
 
 

@@ -6,11 +6,12 @@ import pathlib
 import textwrap
 
 import mutants
-import mutations
 import pytest
+import scripts
 from absl import app
 
 ROOT = pathlib.Path(__file__).parents[1]
+mutations = scripts.load("mutations")
 BROKEN = """
 def mean(x: int, *, scale=2.0):
     '''The mean, 1 of 2.'''
@@ -99,6 +100,7 @@ def checkout(tmp_path, monkeypatch):
     root = tmp_path / "root"
     for folder in ("longlive_jax", "kernels", "experiments", "tests"):
         (root / folder).mkdir(parents=True)
+    (root / "longlive_jax" / "__init__.py").write_text("")  # else what is installed comes first
     (root / "longlive_jax" / "one.py").write_text("def f(x):\n    return x + 1\n")
     (root / "tests" / "test_one.py").write_text(
         "from longlive_jax.one import f\n\n\ndef test_f():\n    assert f(0) == 1\n"

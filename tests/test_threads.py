@@ -269,8 +269,8 @@ def test_who_waits_for_a_session_that_moves_finds_it_where_it_went(tiny):
                 time.sleep(0.2)  # it waits for the lock of the place that the session leaves
                 move()
                 assert session._place is not place and not got
-                place.lock.release()
-            place.lock.acquire()
+                place.lock.__exit__()
+            place.lock.__enter__()
         assert got[0] == twin.switch(prompt, "reset") and session.prompt == prompt
     assert_same(session, twin)
     np.testing.assert_array_equal(session.next_chunk(), twin.next_chunk())
