@@ -80,7 +80,7 @@ def test_commands_run(name, tmp_path, monkeypatch, capsys):
         pytest.importorskip("jax_cuda13_plugin", reason="needs the [aot] extra")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "experiments", "experiments", ignore=lambda *_: ["__pycache__", "runs"])
-    for folder in ("longlive_jax", "tests"):
+    for folder in ("longlive_jax", "kernels", "tests"):
         pathlib.Path(folder).symlink_to(ROOT / folder)
     for stand_in in group.stand_ins:
         _make(stand_in, monkeypatch)
