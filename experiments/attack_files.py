@@ -238,14 +238,14 @@ def attacked(kind: str, draw: random.Random, base: pathlib.Path, to: pathlib.Pat
 
 
 class Readers:
-    """What reads each kind of file. The tiny model is loaded once."""
+    """Read each kind of file as users do. The tiny model is loaded once."""
 
     def __init__(self):
         self.tiny = model.load("tiny")
         self.shapes = {path: x.shape for path, x in weights.flatten(self.tiny.dit).items()}
 
     def config(self, path: pathlib.Path) -> None:
-        """Up to the shapes of a video that begins."""
+        """Load a model, up to the shapes of a video that begins."""
         loaded = model.load(path)
         loaded.solver()
         saved_check.most_bytes(loaded, 0)
@@ -282,7 +282,7 @@ class Readers:
 
 
 def outcome(readers: Readers, kind: str, seed: int, number: int, base: pathlib.Path) -> str:
-    """What comes of reading one damaged file: "loaded", "refused", or what was raised."""
+    """Read one damaged file; return "loaded", "refused", or what was raised."""
     draw = random.Random(f"{kind} {seed} {number}")
     with tempfile.TemporaryDirectory(dir=base) as folder:
         path = attacked(kind, draw, base, pathlib.Path(folder))

@@ -131,7 +131,7 @@ def _begun(model: longlive_jax.Model) -> longlive_jax.Session:
 
 
 def _interrupted(act: Callable[[], object], delay: float, found: collections.Counter) -> object:
-    """What `act` returns, or None if Ctrl-C was raised in it; `delay` seconds after its begin."""
+    """Press Ctrl-C `delay` seconds after `act` begins. Return its result, None if it was raised."""
     pressed = threading.Thread(target=_press, args=(delay,))
     result = None
     try:

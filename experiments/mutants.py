@@ -1,9 +1,9 @@
 """Small faults that can be put into a source file: what `mutations.py` samples from.
 
 A mutant replaces one piece of the text by another and leaves the rest as it is, so that a survivor
-can be read as a line before and after. Written for this project rather than taken from a tool:
-those at hand drop neither keywords nor statements, and most of what they make of an operator, such
-as a shift in the place of a sum, raises at once and says nothing about tests.
+can be read as a line before and after. Keywords, calls and statements are dropped, too, and an
+operator becomes one that gives a value of the same kind: a fault that raises at once says little
+about tests.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _METHODS = {"astype", "reshape", "transpose", "copy", "strip", "lower", "sum", "
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One piece of a source file, and what takes its place.
+    """A piece of a source file and the text that replaces it.
 
     Args:
       kind: One of `KINDS`.
@@ -150,7 +150,7 @@ def _of_constant(node: ast.Constant) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _of_call(node: ast.Call, statement: bool) -> Iterator[tuple[str, ast.expr]]:
-    """Without each of its keywords, and without the call: its first argument alone."""
+    """Yield the call without each of its keywords, and its first argument alone."""
     for index, keyword in enumerate(node.keywords):
         if keyword.arg is None:
             continue
@@ -167,7 +167,7 @@ def _of_call(node: ast.Call, statement: bool) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _whole(node: ast.expr) -> ast.expr:
-    """As it can stand in any place: the only entry of a tuple, picked, unless it binds tightly."""
+    """Wrap an expression so that it can stand in any place: as the only entry of a tuple."""
     if isinstance(node, (ast.Name, ast.Attribute, ast.Call, ast.Subscript)):
         return node
     return ast.Subscript(ast.Tuple([node]), ast.Constant(0))

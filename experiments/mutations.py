@@ -29,6 +29,8 @@ import time
 from absl import app, flags, logging
 from mutants import KINDS, Mutant, find
 
+from longlive_jax import output
+
 _COUNT = flags.DEFINE_integer("count", 100, "Faults to try.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
 _FILES = flags.DEFINE_list("files", ["*"], "Patterns of the files to break, such as */dit/*.")
@@ -126,7 +128,7 @@ FOUND, SURVIVED, ENDLESS = "found", "survived", "endless"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of one fault. by: the first test that failed, or how the run ended."""
+    """The outcome of one fault. by: the first test that failed, or how the run ended."""
 
     file: str
     line: int
@@ -272,9 +274,7 @@ class Results:
             "results": [dataclasses.asdict(result) for result in self.results],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-        partial.replace(self.path)
+        output.write_text(self.path, json.dumps(data, indent=1) + "\n")
 
 
 def check_sound(copy: Copy, names: tuple[str, ...], results: Results) -> None:

@@ -192,19 +192,19 @@ class Batch:
         while True:
             interrupts.stop.check()
             with self._turn:
-                try:
-                    frames = self._next_chunks()
-                except Exception as error:
-                    if is_deleted(self._rows.state):
-                        raise SessionError(f"the batch is lost: {first_line(error)}") from error
-                    raise
+                frames = self._next_chunks()
             if frames is not None:
                 return frames
 
     def _next_chunks(self) -> dict[Session, Frames] | None:
         """None where a signal waits, whose handler may raise: nobody would get the frames."""
         with self._lock:
-            self._begin()
+            try:
+                self._begin()
+            except Exception as error:
+                if is_deleted(self._rows.state):
+                    raise SessionError(f"the batch is lost: {first_line(error)}") from error
+                raise
             seen = {session: session.progress for session in self._sessions()}
         arrived = {session: progress.wait_all() for session, progress in seen.items()}
         handed = {}

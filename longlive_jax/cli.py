@@ -163,8 +163,8 @@ def run(arguments: Sequence[str], load: Load = load_model) -> int:
 
 @contextlib.contextmanager
 def _sentences() -> Iterator[None]:
-    """What we warn of is a sentence on stderr, as errors are. A compilation cache that cannot be
-    written is said once, not for each of its programs.
+    """Print warnings as sentences on stderr, like errors. A compilation cache that cannot be
+    written is reported once, not for each of its programs.
     """
     usual = warnings.showwarning
     said: set[str] = set()

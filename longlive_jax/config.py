@@ -60,10 +60,8 @@ class VAEConfig(Checked):
     patch: Stride = 1  # pixels folded into channels before the first convolution
     shortcut: bool = False  # the 2.2 averaging / duplicating shortcuts around whole levels
     attention: bool = True  # self-attention over one frame in the middle block
-    kernel: tuple[Stride, Stride] = (
-        3,
-        3,
-    )  # (time, space) of the convolutions that keep the resolution
+    # (time, space) of the convolutions that keep the resolution.
+    kernel: tuple[Stride, Stride] = (3, 3)
     mean: tuple[Number, ...] = ()  # latent statistics, one number per channel
     std: tuple[Positive, ...] = ()
 
@@ -218,9 +216,8 @@ class StreamConfig(Checked):
     """How a video is cut into chunks, and what a chunk may attend. All lengths in latent frames."""
 
     chunk: Few
-    window: Annotated[
-        int, Range(1, 1 << 16)
-    ]  # attended frames, the current chunk and the sinks included
+    # Attended frames, the current chunk and the sinks included.
+    window: Annotated[int, Range(1, 1 << 16)]
     sink: Count  # first frames of the video, always attended
     shot_sink: Count = 0  # first frames of the current shot, the same (LongLive 2.0 section 4.2)
     shot_offset: Count = 8  # added to temporal RoPE positions at every cut (ibid.)
@@ -407,7 +404,7 @@ def _require(true: bool, field: str, said: str) -> None:
 
 
 def _check_parts(cfg: ModelConfig) -> None:
-    """Whether the fields of each part go together. Raises InputError."""
+    """Raise InputError where the fields of a part do not go together."""
     dit, text = cfg.dit, cfg.text
     even = dit.dim % (2 * dit.heads) == 0
     _require(even, "dit.dim", f"is a multiple of {2 * dit.heads}: {dit.heads} heads of even size")
@@ -438,7 +435,7 @@ def _check_vae(path: str, cfg: VAEConfig | TAEConfig) -> None:
 
 
 def check_whole(cfg: ModelConfig) -> None:
-    """Whether the parts of a model fit each other, and what it keeps can be counted.
+    """Check that the parts of a model fit each other, and that its KV cache fits into a memory.
 
     Raises:
       InputError: they do not, or no memory holds its window.
@@ -529,5 +526,5 @@ WAN22_TI2V_5B = ModelConfig(
 
 
 def folder_of(name: str | os.PathLike[str]) -> pathlib.Path:
-    """Where a model is: "tiny" ships with the package, other names are folders."""
+    """Return the folder of a model: "tiny" ships with the package, other names are folders."""
     return SHIPPED / name if name == "tiny" else pathlib.Path(name)

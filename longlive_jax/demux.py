@@ -103,7 +103,7 @@ class _Unnamed:
 
 
 class _Refused:
-    """What FFmpeg calls to open another file while it reads this one."""
+    """The callback that FFmpeg uses to open another file while it reads this one."""
 
     def __init__(self, path: object):
         self.path = path

@@ -39,8 +39,13 @@ def read(path: str | os.PathLike[str], *, limit: int = LARGEST) -> Any:
     return parse(data, str(path))
 
 
-def parse(data: bytes | str, what: str) -> Any:
-    """The value of a JSON text. what: where it is from, for what is said of it.
+def parse(data: bytes | str, what: str, *, line: int = 1) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+      data: The text, or its bytes in UTF-8.
+      what: Where it is from, for what is said of it.
+      line: The number of its first line there.
 
     Raises:
       InputError: it is not JSON in UTF-8, too deep, says a key twice, or holds NaN or Infinity.
@@ -48,12 +53,13 @@ def parse(data: bytes | str, what: str) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} is not JSON: it is not in UTF-8") from error
+        raise InputError(f"{what} is not in UTF-8: save it as UTF-8 text") from error
     _check_depth(text, what)
     try:
         return json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
-        raise InputError(f"{what} is not JSON: {error.msg.lower()}, line {error.lineno}") from error
+        number = error.lineno + line - 1
+        raise InputError(f"{what}, line {number} is not JSON: {error.msg.lower()}") from error
     except ValueError as error:  # a number of thousands of digits, or one of our own
         raise InputError(f"{what} cannot be read as JSON: {error}") from error
 

@@ -8,7 +8,7 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without the pages that may follow."""
+    """Return the first line of a library's error message; pages may follow it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

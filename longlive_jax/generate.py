@@ -14,8 +14,7 @@ from longlive_jax import bench, output, timeline
 from longlive_jax.errors import InputError
 from longlive_jax.events import CUT_PREFIX, Event
 from longlive_jax.report import Report
-from longlive_jax.request import Request
-from longlive_jax.request import reports as request_reports
+from longlive_jax.request import Request, reports
 from longlive_jax.story import Draft, Story
 from longlive_jax.video import BackgroundWriter
 
@@ -52,8 +51,7 @@ def run(request: Request, drafts: Sequence[Draft], load: Load) -> None:
         check_timeline(story, model)
     count = len(stories)
     paths = request.outputs(count)
-    reports = request_reports(request.json, count) or [None] * count
-    for story, path, report in zip(stories, paths, reports, strict=True):
+    for story, path, report in zip(stories, paths, reports(request.json, count), strict=True):
         job = dataclasses.replace(request, output=path, json=report)
         _make(job, story, session or _begun(job, story, model), console)
 
@@ -118,7 +116,7 @@ def _make(request: Request, story: Story, session: Any, console: Console) -> Non
 
 
 def _notes_ahead(model: Any, events: Sequence[Event]) -> tuple[str, ...]:
-    """What the model will not read of the prompts to come: known before the video is made."""
+    """Return notes on the prompts of events, which are known before the video is made."""
     prompts = []
     for event in events:
         prompt = event.prompt.strip()

@@ -45,7 +45,7 @@ class Hold:
 
     @property
     def pending(self) -> bool:
-        """Whether a signal came during the block that the calling thread is in."""
+        """Return whether a signal came during the block that the calling thread is in."""
         return bool(self._pending) and _in_main_thread()
 
     def __enter__(self) -> Hold:
@@ -95,18 +95,18 @@ hold = Hold()  # there is one, since handlers of signals belong to the process
 
 
 class Stop:
-    """Whether the command that runs was told to end; see `stop`."""
+    """A request to end the command that runs; see `stop`."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def listen(self) -> None:
-        """From here on a signal is noted, no more; a second Ctrl-C ends the process."""
+        """Note signals from here on instead of raising; a second Ctrl-C ends the process."""
         for number in STOP:
             signal.signal(number, self._note)
 
     def end(self) -> None:
-        """From here on signals do nothing: the process is about to end, with its exit code."""
+        """Ignore signals from here on: the process is about to end, with its exit code."""
         for number in STOP:
             signal.signal(number, signal.SIG_IGN)
 

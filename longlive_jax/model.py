@@ -226,8 +226,10 @@ def load(
       InputError: there is no such model, or a part of it is missing or broken.
     """
     folder = folder_of(name)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     cfg = _products(folder, read_config(folder), weights_only)
-    _check(folder, cfg)
+    _check(folder, cfg, dtype)
     decoder = _decoder(folder, cfg, vae)
     build = {
         "dit": lambda: _transformer(cfg),
@@ -236,8 +238,6 @@ def load(
     }
     files = {"dit": "dit", "text": "text", "vae": "vae" if vae == "full" else f"vae_{vae}"}
     _check_parts(folder, files)
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     parts = {}
     try:
         words = tokenizer.load(folder, cfg.dit.text_len)
@@ -262,13 +262,13 @@ def load(
     return Model(cfg, parts["dit"], parts["vae"], text, origin)
 
 
-def _check(folder: pathlib.Path, cfg: ModelConfig) -> None:
-    """Whether a model of that config can make videos. Raises InputError."""
+def _check(folder: pathlib.Path, cfg: ModelConfig, dtype: Any) -> None:
+    """Raises InputError where a model of that config, which computes in `dtype`, makes no video."""
     try:
         config.check_whole(cfg)
         sampler.make(cfg.sampler)
         if cfg.stream.attention != "best":
-            rollout.check_attention(cfg, jnp.float32)
+            rollout.check_attention(cfg, dtype)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f'"{folder / "config.json"}" is no model\'s config: {error}') from error
 

@@ -102,11 +102,13 @@ def _remove_abandoned(target: pathlib.Path) -> None:
             lock = _locked(path)  # fails where somebody is writing it
             if lock is None:
                 continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-            os.close(lock)
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(lock)
 
 
 def check_file(path: pathlib.Path) -> None:
@@ -190,7 +192,7 @@ def _real(path: pathlib.Path) -> pathlib.Path:
 
 
 def _same(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Whether both are the same file, also by two names of it (hard links)."""
+    """Return whether both are the same file, also by two names of it (hard links)."""
     try:
         return one == other or os.path.samefile(one, other)
     except OSError:  # one of them is not there yet

@@ -323,12 +323,12 @@ class Place(Protocol):
         """After the session got another place: what it held here may go."""
 
     def lost(self) -> bool:
-        """Whether a program took the buffers of the state and no other state came of it."""
+        """Return whether a program took the buffers of the state without leaving another."""
         ...
 
 
 def is_deleted(state: State) -> bool:
-    """Whether buffers of a state were donated."""
+    """Return whether buffers of a state were donated."""
     leaves = jax.tree.leaves(state)
     return any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves)
 

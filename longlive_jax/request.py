@@ -62,14 +62,13 @@ class Request:
         return drafts
 
     def _check_apart(self, drafts: Sequence[Draft], videos: Sequence[pathlib.Path]) -> None:
-        """A session may be saved where it came from: it is in memory by then."""
+        """Raises InputError for an output that would overwrite an input or another output."""
         inputs = [
             ("--model", folder_of(self.model)),
             ("--lora", self.lora),
             ("--script", self.script),
             ("--image", self.image),
             ("--video", self.video),
-            ("--resume", self.resume),
         ]
         if self.script:
             stories = [draft for draft in drafts if isinstance(draft, Story)]
@@ -78,11 +77,9 @@ class Request:
             ]
         outputs = [("--output", path) for path in videos]
         outputs += [("--json", path) for path in reports(self.json, len(drafts))]
-        output.check_apart(inputs, outputs)
-        saved = [] if self.resume == self.save else [("--save-session", self.save)]
-        output.check_apart(
-            [source for source in inputs if source[0] != "--resume"], outputs + saved
-        )
+        output.check_apart([*inputs, ("--resume", self.resume)], outputs)
+        # A session may be saved where it came from: it is in memory by then.
+        output.check_apart(inputs, [*outputs, ("--save-session", self.save)])
 
     def outputs(self, count: int) -> list[pathlib.Path]:
         """The file of each video."""
@@ -120,11 +117,11 @@ class Request:
         return story.read(self.script)
 
 
-def reports(path: pathlib.Path | None, count: int) -> list[pathlib.Path]:
-    """The report of each video: a file beside each other, or all to standard output."""
+def reports(path: pathlib.Path | None, count: int) -> list[pathlib.Path | None]:
+    """Return where each video's report goes: a file of its own, standard output, or nowhere."""
     if path is None or path == output.STDOUT:
-        return [] if path is None else [path] * count
-    return story.outputs(path, count)
+        return [path] * count
+    return [*story.outputs(path, count)]
 
 
 def check_model(model: str) -> None:

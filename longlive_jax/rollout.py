@@ -396,7 +396,7 @@ def forget(rollout: Rollout, which: Bool[Array, " b"]) -> Rollout:
 
 @jax.jit
 def finite(latents: Latents) -> Bool[Array, " b"]:
-    """Whether the latents of each video are finite: neither NaN nor infinity."""
+    """Return whether the latents of each video are finite: neither NaN nor infinity."""
     return jnp.isfinite(latents).all(tuple(range(1, latents.ndim)))
 
 

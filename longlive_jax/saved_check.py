@@ -1,4 +1,4 @@
-"""What is read of a saved session, checked before anything is made of it."""
+"""Checks of a saved session, before anything is made of it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ def read_facts(path: pathlib.Path) -> Facts:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"there is no session in {folder}") from error
     except InputError as error:
-        said = str(error).removeprefix(f"{path} ")
-        raise InputError(f"the session in {folder} cannot be read: {path.name} {said}") from error
+        raise InputError(f"the session in {folder} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"the session in {folder} is broken: {path.name} makes no sense")
     known = {field.name for field in dataclasses.fields(Facts)} - {"given_stream"}
@@ -85,7 +84,7 @@ def read_facts(path: pathlib.Path) -> Facts:
 
 
 def _check(facts: Facts) -> None:
-    """What the annotations of these values do not say."""
+    """Check what the annotations of these fields do not express."""
     if re.fullmatch("arrays(-[0-9a-f]{1,32})?", facts.arrays) is None:
         raise fields.FieldError("arrays", "is a folder beside it, named by us")
     if facts.dtype not in DTYPES:

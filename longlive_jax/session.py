@@ -564,9 +564,15 @@ class Session:
         with self._held() as place:
             return place.progress
 
-    def _held(self) -> contextlib.AbstractContextManager[Place]:
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[Place]:
         """With the lock: from here on nobody else changes the session."""
-        return self._locked(lambda place: place.lock)
+        with self._locked(lambda place: place.lock) as place:
+            try:
+                yield place
+            except Exception as error:
+                self._end_if_lost(place, error)
+                raise
 
     def _in_turn(self) -> contextlib.AbstractContextManager[Place]:
         """With the turn: from here on nobody else who hands over begins and waits."""
@@ -580,11 +586,7 @@ class Session:
                 raise SessionError("the session is closed")
             with lock_of(place):
                 if place is self._place:
-                    try:
-                        yield place
-                    except Exception as error:
-                        self._end_if_lost(place, error)
-                        raise
+                    yield place
                     return
 
     def _end_if_lost(self, place: Place, error: Exception) -> None:

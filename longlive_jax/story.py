@@ -40,7 +40,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from longlive_jax import timeline
+from longlive_jax import documents, timeline
 from longlive_jax.config import ModelConfig
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
@@ -255,7 +255,7 @@ def _shown(value: Any) -> str:
 
 def _written(path: pathlib.Path, text: str) -> list[Draft]:
     """A story.json."""
-    data = _checked(path, _json(path, text), _STORY, strict=True)
+    data = _checked(path, documents.parse(text, str(path)), _STORY, strict=True)
     if "image" in data and "video" in data:
         raise InputError(f'{path} has both "image" and "video": keep the one to begin with')
     files = {key: path.parent / data[key] for key in ("image", "video") if key in data}
@@ -292,7 +292,8 @@ def _interactive(path: pathlib.Path, text: str, frames: tuple[int, ...]) -> list
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        prompts = _checked(where, _json(path, line, number), _SEGMENTS)["prompts"]
+        told = documents.parse(line, str(path), line=number)
+        prompts = _checked(where, told, _SEGMENTS)["prompts"]
         if frames and len(frames) != len(prompts) - 1:
             raise InputError(
                 f"{where} has {len(prompts)} prompts: give {len(prompts) - 1} latent frames to"
@@ -329,7 +330,7 @@ def _shot_order(file: pathlib.Path) -> tuple[bool, int, str]:
 
 
 def _caption(file: pathlib.Path) -> str:
-    return _checked(file, _json(file, _text(file)), _CAPTION)["caption"].strip()
+    return _checked(file, documents.parse(_text(file), str(file)), _CAPTION)["caption"].strip()
 
 
 def _durations(file: pathlib.Path) -> tuple[int, ...]:
@@ -360,22 +361,3 @@ def _text(path: pathlib.Path) -> str:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not in UTF-8: save it as UTF-8 text") from error
-
-
-def _json(path: pathlib.Path, text: str, line: int = 1) -> Any:
-    """The value; line: the number of the text's first line."""
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        number = error.lineno + line - 1
-        raise InputError(f"{path}, line {number} is not JSON: {error.msg.lower()}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict:
-    """An object. Raises ValueError for a key that is there twice."""
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f'"{next(key for key in keys if keys.count(key) > 1)}" is there twice')
-    return dict(pairs)

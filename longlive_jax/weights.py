@@ -59,7 +59,9 @@ def arrays(flat: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def save(path: str | os.PathLike, weights: Weights, dtype=None) -> None:
+def save(
+    path: str | os.PathLike, weights: Mapping[str, jax.Array | np.ndarray], dtype=None
+) -> None:
     """Writes one safetensors file, whole or not at all; `dtype` casts on the way."""
     path = pathlib.Path(path)
     with _whole(path.parent) as new:
@@ -206,24 +208,25 @@ def _whole(folder: pathlib.Path, size: int = 0) -> Iterator[Callable[[str], path
     not. Folders made for them vanish too.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    partial: dict[pathlib.Path, pathlib.Path] = {}
+    parts: list[output.Part] = []
 
     def new(name: str) -> pathlib.Path:
-        path = folder / f"{name}.partial"
-        partial[path] = folder / name
-        return path
+        parts.append(output.Part(folder / name))
+        return parts[-1].path
 
     with contextlib.ExitStack() as undo:
         for path in reversed(made):
             undo.callback(_remove_folder, path)
-        undo.callback(lambda: [path.unlink(missing_ok=True) for path in partial])
+        undo.callback(lambda: [part.discard() for part in parts])
         try:
             _make_folder(folder)
             if shutil.disk_usage(folder).free < size:
                 raise OSError(errno.ENOSPC, "no space left")
             yield new
-            for path, final in partial.items():
-                path.replace(final)
+            with interrupts.hold:
+                for part in parts:
+                    part.finish()
+                    part.discard()  # gives its lock back
         except OSError as error:
             if error.errno not in _FULL:
                 raise

@@ -200,7 +200,7 @@ def test_captions(tmp_path, content, said):
     [
         (b'{"caption": "caf\xe9"}', "is not in UTF-8"),
         (b'{\n"caption": ', "line 2 is not JSON"),
-        (b"[" * 10**5, "cannot be read as JSON"),
+        (b"[" * 10**5, "nested more than 64 deep"),
         (b'{"n": %s}' % (b"9" * 5000), "cannot be read as JSON"),
         (b'["x"]', "is not of the form"),
         (b'{"caption": 3}', "is not of the form"),

@@ -14,6 +14,7 @@ import pytest
 
 from longlive_jax import cache_dir, cli, output, weights
 from longlive_jax.errors import InputError
+from longlive_jax.request import Request
 from longlive_jax.video import VideoWriter
 
 PROMPT = ("generate", "--prompt", "x", "--seconds", "1")
@@ -93,9 +94,11 @@ def test_what_is_new_may_lie_beside_what_is_read(folder):
 
 
 def test_a_session_may_be_saved_where_it_came_from(folder):
-    story = output.check_apart
-    story([("--resume", None)], [("--save-session", folder / "session")])
-    output.check_session(folder / "session")
+    place = folder / "session"
+    for save in (place, pathlib.Path("session"), pathlib.Path("empty/../session")):
+        Request(resume=place, save=save).check()
+    with pytest.raises(InputError, match="--json .* is a part of what --resume reads"):
+        Request(resume=place, save=place, json=place / "session.json").check()
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def check_file(flag: str, path: str | None) -> None:
 def check_report(
     values: flags.FlagValues, *inputs: tuple[str, pathlib.Path | None]
 ) -> pathlib.Path | None:
-    """Where `--json` points, checked: it can be written, and is none of what the command reads.
+    """Return where `--json` points. It can be written, and is none of the files that are read.
 
     Args:
       values: The command's.

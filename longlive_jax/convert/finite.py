@@ -1,4 +1,4 @@
-"""Whether tensors hold NaN or infinity, at the speed of memory.
+"""A check for NaN and infinity in tensors, at the speed of memory.
 
 Read as integers of their size, numbers that are not finite are the largest ones of each sign: the
 largest signed integer finds the positive ones, the largest unsigned integer the negative ones. Both
@@ -27,7 +27,7 @@ _SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)  # without a sign: 0xff is NaN
 
 
 def finite(x: np.ndarray) -> bool:
-    """Whether all numbers of an array are finite; integers are."""
+    """Return whether all numbers of an array are finite; integers are."""
     kind = x.dtype
     if x.size == 0 or not (kind in _LEAST or kind == _SCALE):
         return True
@@ -48,7 +48,7 @@ def finite(x: np.ndarray) -> bool:
 
 
 def checked(x: np.ndarray, name: str, path: object) -> np.ndarray:
-    """The array itself. Raises InputError where it holds NaN or infinity."""
+    """Return the array itself. Raises InputError where it holds NaN or infinity."""
     if not finite(x):
         raise InputError(f'"{path}" is damaged: {name} holds NaN or infinity')
     return x

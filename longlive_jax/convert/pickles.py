@@ -68,7 +68,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _Opaque:
-    """What something makes of its arguments, which does not matter here."""
+    """The result of a call that does not matter here."""
 
 
 Claim = Callable[[str, int], None]  # key of a storage, its bytes
@@ -120,7 +120,7 @@ def _check_zip(path: pathlib.Path, file: BinaryIO) -> None:
 
 
 def _check_legacy(path: pathlib.Path, file: BinaryIO) -> None:
-    """Before PyTorch 1.6: five pickles, the fourth of which is the object, then the numbers."""
+    """Check a file of PyTorch before 1.6: five pickles, the fourth is the object, then numbers."""
     size = os.fstat(file.fileno()).st_size
     data = io.BytesIO(file.read(min(size, LARGEST)))
     claimed: dict[str, int] = {}
@@ -149,7 +149,7 @@ class _Machine:
         self.copied = 0  # bytes
 
     def run(self, data: io.BytesIO) -> None:
-        """Up to the pickle's end."""
+        """Run all operations, up to the pickle's end."""
         try:
             for count, (op, argument, _) in enumerate(pickletools.genops(data)):
                 if count > MOST:

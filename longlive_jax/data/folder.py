@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import av
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from longlive_jax import documents
 from longlive_jax.data.montage import Clip, MontageConfig, Plan
 from longlive_jax.errors import InputError
 from longlive_jax.media import fit, open_video, turn_of
@@ -96,15 +96,8 @@ def caption(file: pathlib.Path) -> str:
     Raises:
       InputError: the file cannot be read, or is not of the form {"caption": "..."}.
     """
-    try:
-        with reading(file):
-            data = json.loads(file.read_text("utf-8-sig")) if file.exists() else {}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not in UTF-8: save it as UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}, line {error.lineno} is not JSON: {error.msg.lower()}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    with reading(file):
+        data = documents.read(file) if file.exists() else {}
     said = data.get("caption", "") if isinstance(data, dict) else None
     if not isinstance(said, str):
         raise InputError(f'{file} is not of the form {{"caption": "..."}}')

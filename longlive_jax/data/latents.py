@@ -63,17 +63,10 @@ class Shelf:
         Raises:
           InputError: the disk is full, or the folder cannot be written.
         """
-        # These import Flax, without which workers start sooner.
-        from longlive_jax import weights
-        from longlive_jax.convert import table
+        from longlive_jax import weights  # imports Flax, without which workers start sooner
 
-        unfinished = place.with_name(f".{place.stem}.{os.getpid()}.safetensors")
-        try:
-            with output.writing(place):
-                weights.write(self.folder, unfinished.stem, table.unchanged({NAME: latents}))
-                os.replace(unfinished, place)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with output.writing(place):
+            weights.save(place, {NAME: latents})
 
 
 @dataclasses.dataclass(frozen=True)

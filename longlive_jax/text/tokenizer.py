@@ -97,7 +97,7 @@ class PieceTokenizer:
 
 
 def _shortened(text: str, length: int, *, end: bool = False) -> str:
-    """At most `length` characters of a text, from its start or its end; whole words if they fit."""
+    """Return at most `length` characters from a text's start or end; whole words if they fit."""
     if len(text) <= length:
         return text
     if end:
