@@ -67,7 +67,8 @@ def read_facts(path: pathlib.Path) -> Facts:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"there is no session in {folder}") from error
     except InputError as error:
-        raise InputError(f"the session in {folder} cannot be read: {error}") from error
+        said = str(error).replace(str(path), path.name)
+        raise InputError(f"the session in {folder} cannot be read: {said}") from error
     if not isinstance(data, dict):
         raise InputError(f"the session in {folder} is broken: {path.name} makes no sense")
     known = {field.name for field in dataclasses.fields(Facts)} - {"given_stream"}

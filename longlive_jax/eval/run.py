@@ -41,7 +41,7 @@ def switch(model: Model, *, steps: int | None, seed: int, **sizes: int) -> dict[
     return _labelled("switch", model, steps, seed) | scores
 
 
-def drift(model: Model, *, steps: int | None, seed: int, **sizes: float) -> dict[str, Any]:
+def drift(model: Model, *, steps: int | None, seed: int, **sizes: float | int) -> dict[str, Any]:
     """The same for long videos of one prompt; `seconds` is how long, `videos` how many."""
     scores = drifting.evaluate(
         generator(model, steps=steps),
