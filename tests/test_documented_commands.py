@@ -157,7 +157,7 @@ def _make(name: str, monkeypatch) -> None:
         _preset(name, monkeypatch)
     elif name == "few videos":
         small = dict(
-            toy=dict(prompts=2, per_unseen=1, minutes=1), switch=dict(count=2), drift=dict(videos=1)
+            toy=dict(prompts=2, per_unseen=1, minutes=1), switch=dict(count=2), drift=dict(videos=2)
         )
         for suite, sizes in small.items():
             monkeypatch.setattr(suites, suite, functools.partial(getattr(suites, suite), **sizes))
