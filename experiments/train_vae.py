@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from longlive_jax import cache_dir, weights
+from longlive_jax import cache_dir, output, weights
 from longlive_jax.config import TINY_VAE
 from longlive_jax.data import toy_world
 from longlive_jax.train import vae as training
@@ -98,7 +98,7 @@ def main(_):
             manager.save(i + 1, args=ocp.args.StandardSave(state))
             weights.save(workdir / "vae.safetensors", state.ema)
             statistics = json.dumps(measure(state.ema, held, model)[1])
-            (workdir / "statistics.json").write_text(statistics)
+            output.write_text(workdir / "statistics.json", statistics)
     manager.wait_until_finished()
 
 

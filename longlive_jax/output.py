@@ -179,7 +179,7 @@ def check_apart(
         for source, known in read:
             if _same(place, known):
                 raise InputError(f"{flag} {path} is what {source} reads: name another")
-            if known in place.parents and place.exists():
+            if known in place.parents and place.is_file():
                 raise InputError(f"{flag} {path} is a part of what {source} reads: name another")
         for other, known in written:
             if _same(place, known) or known in place.parents or place in known.parents:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import signal
 
 import jax
@@ -250,6 +251,13 @@ def test_memory_does_not_grow_with_the_video(given, model, tmp_path):
 def test_bad_configs_are_refused(tmp_path, given, changes, message):
     with pytest.raises(InputError, match=message):
         Run(given(ONE, **changes), tmp_path)
+
+
+def test_a_run_in_the_place_of_its_model_or_prompts_is_refused(given):
+    made = given(ONE)
+    for name, place in (("model", made.model), ("prompts.file", made.prompts.file)):
+        with pytest.raises(InputError, match=f"--workdir .* is what {name} reads"):
+            Run(made, pathlib.Path(place))
 
 
 def test_steps_that_a_list_does_not_have_are_refused(tmp_path, given):

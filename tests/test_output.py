@@ -11,6 +11,7 @@ import warnings
 
 import fake
 import pytest
+import scripts
 
 from longlive_jax import cache_dir, cli, output, weights
 from longlive_jax.errors import InputError
@@ -136,6 +137,16 @@ def test_a_folder_that_cannot_be_made_is_said_first(folder, capsys, monkeypatch,
 
 
 # Parts.
+
+
+def test_the_exported_model_does_not_overwrite_what_it_is_made_of(tmp_path):
+    for name in ("vae", "dit"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"trained")
+    command = [sys.executable, str(scripts.FOLDER / "export_tiny.py"), "--vae=vae.safetensors"]
+    command += ["--dit=dit.safetensors", "--output=."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--output dit.safetensors is what --dit reads" in done.stderr
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"trained"}
 
 
 KILLED = """

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import json
+import os
 import resource
 import shutil
 import signal
@@ -278,6 +279,22 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path, given, changes, 
     with pytest.raises(InputError, match=said):
         begin(tmp_path / "run", given(**changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("read", ["model", "source.folder", "source.cache"])
+def test_a_run_in_the_place_of_what_it_reads_is_refused(tmp_path, given, model, videos, read):
+    """Also through a link; a run beside what it reads is found again when it goes on."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    made = given(source__cache=str(cache))
+    link = tmp_path / "link"
+    link.symlink_to({"model": model, "source.folder": videos, "source.cache": cache}[read])
+    before = sorted(os.listdir(link))
+    with pytest.raises(InputError, match=f"--workdir .*link is what {read} reads"):
+        begin(link, made)
+    assert sorted(os.listdir(link)) == before
+    for _ in range(2):
+        begin(cache / "run", made).checkpoints.close()
 
 
 def test_a_folder_without_videos_is_refused(tmp_path, given):

@@ -6,13 +6,14 @@ import contextlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from longlive_jax import output
 from longlive_jax.errors import InputError
 
 State = TypeVar("State")
@@ -31,6 +32,22 @@ FIXED = {
     "student.optimizer.kind": "kind of the student's optimizer",
     "fake.optimizer.kind": "kind of the critic's optimizer",
 }
+
+
+def of_run(workdir: pathlib.Path, inputs: Iterable[tuple[str, pathlib.Path | None]]) -> Checkpoints:
+    """Makes the folder of a run, or finds it there, and returns the checkpoints in it.
+
+    Args:
+      workdir: Where checkpoints, metrics and samples go.
+      inputs: Files and folders that the run reads, each with its place in the config.
+
+    Raises:
+      InputError: the run would write into what it reads, or the folder cannot be made.
+    """
+    output.check_apart(inputs, [("--workdir", workdir)])
+    with output.writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        return Checkpoints(workdir.absolute() / "checkpoints")
 
 
 def told_by_us(record: logging.LogRecord) -> bool:

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from absl import logging
 
 import longlive_jax
-from longlive_jax import lora, output, sampler, sharding
-from longlive_jax.config import ModelConfig, Precision, StreamConfig
+from longlive_jax import lora, sampler, sharding
+from longlive_jax.config import ModelConfig, Precision, StreamConfig, folder_of
 from longlive_jax.errors import InputError
 from longlive_jax.flow import Flow
 from longlive_jax.model import Model
 from longlive_jax.quant import transformer
-from longlive_jax.train import dmd, loop, metrics, samples, sequence
-from longlive_jax.train.checkpoint import Checkpoints, shapes
+from longlive_jax.train import checkpoint, dmd, loop, metrics, samples, sequence
+from longlive_jax.train.checkpoint import shapes
 from longlive_jax.train.distill import Clips, DistillState, Frozen, Party, Program
 from longlive_jax.train.dmd import DMDConfig
 from longlive_jax.train.learning import Learning
@@ -92,9 +92,7 @@ class Run:
         self.sequence: Sequence | None = None
         compile_ = functools.partial(self.program.compile, frozen=self.frozen)
         self._compiled = functools.cache(compile_)
-        with output.writing(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            self.checkpoints = Checkpoints(workdir.absolute() / "checkpoints")
+        self.checkpoints = checkpoint.of_run(workdir, _inputs(cfg))
 
     def train(self) -> DistillState:
         """Trains until the last step, from the last checkpoint if there is one. On SIGTERM or
@@ -228,6 +226,13 @@ def _typed(x: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros(like.shape, like.dtype)
     key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
     return jax.random.wrap_key_data(jnp.asarray(x)) if key else jnp.asarray(x)
+
+
+def _inputs(cfg: DistillConfig) -> list[tuple[str, pathlib.Path]]:
+    """What a run reads, each with its place in the config."""
+    models = {"model": cfg.model, "teacher": cfg.teacher, "critic": cfg.critic}
+    folders = [(name, folder_of(given)) for name, given in models.items() if given]
+    return [*folders, ("prompts.file", pathlib.Path(cfg.prompts.file))]
 
 
 def check(cfg: DistillConfig) -> None:

@@ -18,16 +18,16 @@ from absl import logging
 from flax import nnx
 from longlive_kernels.nvfp4.linear import Recipe
 
-from longlive_jax import gpus, output, sharding, weights
-from longlive_jax.config import ModelConfig
+from longlive_jax import gpus, sharding, weights
+from longlive_jax.config import ModelConfig, folder_of
 from longlive_jax.dit import mask
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 from longlive_jax.flow import Flow
 from longlive_jax.model import Model
-from longlive_jax.train import ar, loop, metrics, samples, source
+from longlive_jax.train import ar, checkpoint, loop, metrics, samples, source
 from longlive_jax.train.ar import ARConfig, Videos
-from longlive_jax.train.checkpoint import Checkpoints, shapes
+from longlive_jax.train.checkpoint import shapes
 from longlive_jax.train.recycling import Errors, Recycler, RecyclingConfig
 from longlive_jax.train.source import Source, SourceConfig
 from longlive_jax.train.state import OptimizerConfig, TrainState, optimizer
@@ -89,9 +89,7 @@ class Run:
         parts = model.dit, cfg.ar, cfg.optimizer, mesh
         self.program = Program(*parts, dtype, recycles, cfg.nvfp4)
         self.recycler = _recycler(cfg, model.config) if recycles else None
-        with output.writing(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            self.checkpoints = Checkpoints(workdir.absolute() / "checkpoints")
+        self.checkpoints = checkpoint.of_run(workdir, _inputs(cfg))
 
     def train(self) -> TrainState:
         """Trains until `optimizer.steps`, from the last checkpoint if there is one. On SIGTERM or
@@ -164,6 +162,16 @@ class Run:
         if model is not None:
             folder = self.workdir / "samples" / f"{step:06d}"
             samples.write(model, cfg.sample_prompts, cfg.sample_seconds, folder)
+
+
+def _inputs(cfg: TrainConfig) -> list[tuple[str, pathlib.Path | None]]:
+    """What a run reads, and where it keeps latents, each with its place in the config."""
+    cache = pathlib.Path(cfg.source.cache) if cfg.source.cache else None
+    return [
+        ("model", folder_of(cfg.model)),
+        ("source.folder", pathlib.Path(cfg.source.folder)),
+        ("source.cache", cache),
+    ]
 
 
 def _check_config(cfg: TrainConfig) -> None:
