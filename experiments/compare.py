@@ -3,8 +3,9 @@
 python experiments/compare.py --config=experiments/configs/compare.py:low_bits --output=runs/low
 
 A config has rows, of which each is a model and how it is run; `{}` in a path stands for the seed.
-Every row and seed is a file in --output; stopped, the same command goes on, and --seeds=1 makes
-those of one while another process makes others. Means over seeds, and their standard deviations.
+Every row and seed is a file in --output; stopped, the same command goes on, and --seeds=1 or
+--rows=NAME makes some of them while another process makes others. Means over seeds, and their
+standard deviations.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from longlive_jax.eval.generate import generator
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Rows and sizes.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the rows.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of prompts and noise.")
+_ROWS = flags.DEFINE_multi_string("rows", [], "Only the row of this name; may be repeated.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,23 @@ def _seeds(given: list[str]) -> list[int]:
     return [int(seed) for seed in given]
 
 
+def chosen(rows: list[Row], names: list[str]) -> list[Row]:
+    """Return the rows of these names, with those that their videos are compared with; all of them
+    where no name is given.
+
+    Raises:
+      InputError: there is no such row.
+    """
+    if not names:
+        return rows
+    known = {row.name: row for row in rows}
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no row {name!r}: there are {', '.join(map(repr, known))}")
+    needed = set(names) | {known[name].like for name in names}
+    return [row for row in rows if row.name in needed]
+
+
 def main(_):
     cache_dir.enable()
     folder, config = pathlib.Path(_OUTPUT.value), _CONFIG.value
@@ -102,7 +121,7 @@ def main(_):
         seeds = _seeds(_SEEDS.value)
         with output.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        rows = [Row(name, **choices) for name, choices in config.rows]
+        rows = chosen([Row(name, **choices) for name, choices in config.rows], _ROWS.value)
         found = {row: [evaluate(row, sizes, seed, folder) for seed in seeds] for row in rows}
     except InputError as error:
         logging.error("%s", error)

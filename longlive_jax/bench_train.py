@@ -110,6 +110,8 @@ def run(
     chunks -= chunks % ranks[-1] if chunks > ranks[-1] else 0  # whole ones on every rank
     frames = chunks * cfg.stream.chunk
     given = videos(cfg, batch, frames, seed)
+    for n in ranks:  # before anything is measured
+        ar.check(ARConfig(cfg.stream), frames, cfg.dit.heads, n)
     clock = functools.partial(median_seconds, repeat=repeat)
     refused: dict[str, str] = {}
     tried = functools.partial(attempt, refused)
@@ -168,9 +170,7 @@ def videos(cfg: ModelConfig, b: int, frames: int, seed: int) -> Videos:
 
 def spreads(model: Any, given: Videos, ranks: Sequence[int], clock: Clock) -> dict[str, Spread]:
     cfg, found = model.config, {}
-    frames = given.latents.shape[2]
     for n in ranks:
-        ar.check(ARConfig(cfg.stream), frames, cfg.dit.heads, n)
         mesh = sharding.make_mesh(seq=n)
         for name, balanced in (("plain", False), ("balanced", True)):
             step_s = clock(stepper(model, given, ARConfig(cfg.stream, balanced=balanced), mesh)[0])

@@ -13,7 +13,9 @@ os.environ["PJRT_NPROC"] = "64"
 import gc  # noqa: E402
 import json  # noqa: E402
 import pathlib  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
+import tempfile  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -31,6 +33,18 @@ MOST_MAPS = 20_000
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+# Commands keep compiled programs: here, all workers of one run share them, and the user's own cache
+# stays as it is.
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not WORKER:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="longlive-tests-")
+
+
+def pytest_unconfigure():
+    if not WORKER:
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
 def pytest_collection_modifyitems(config, items):
     """What takes many minutes runs where it is asked for: `-m long`, or by its name."""
     if any("::" in argument for argument in config.args):
@@ -41,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in skipped]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def room_for_programs():
     """Linux gives a process 65,530 pieces of memory, and every compiled program takes some: the
     compiler crashes where there are no more.

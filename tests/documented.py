@@ -155,6 +155,7 @@ GROUPS = {
             "longlive bench --seconds 240 --repeat 1": "--seconds 20",
             "longlive bench --suite session --repeat 3": "--seconds 8 --repeat 1",
         },
+        stand_ins=("little effort",),
         marks=("long",),
     ),
     "cost of spreading": Group(
@@ -179,7 +180,7 @@ GROUPS = {
             "longlive bench --suite train --preset wan21_1_3b --random_weights --seconds 12"
             " --repeat 3 --json h100_train.json": SHORT,
         },
-        stand_ins=("wan21_1_3b", "wan22_5b"),
+        stand_ins=("wan21_1_3b", "wan22_5b", "little effort"),
         marks=("long",),
     ),
     "speed of kernels": Group(
@@ -263,20 +264,23 @@ GROUPS = {
     ),
     "comparisons": Group(
         {
-            f"{COMPARE}:clean_pass --output=runs/clean_pass": COMPARED,
-            f"{COMPARE}:scores --output=runs/scores": COMPARED,
-            f"{COMPARE}:low_bits --output=runs/low_bits": COMPARED,
-            f"{COMPARE}:few_steps --output=runs/few_steps": COMPARED,
-            f"{COMPARE}:ranks --output=runs/ranks --seeds=0": COMPARED,
-            f"{COMPARE}:long --output=runs/long": COMPARED,
+            f"{COMPARE}:clean_pass --output=runs/clean_pass": (
+                f"{COMPARED} --rows '2 steps, no clean pass'"
+            ),
+            f"{COMPARE}:scores --output=runs/scores": f"{COMPARED} --rows 'KV int8, scores too'",
+            f"{COMPARE}:low_bits --output=runs/low_bits": (
+                f"{COMPARED} --rows 'nvfp4, KV nvfp4' --rows 'trained, as it is'"
+            ),
+            f"{COMPARE}:few_steps --output=runs/few_steps": f"{COMPARED} --rows '2 steps, DMD'",
+            f"{COMPARE}:ranks --output=runs/ranks --seeds=0": f"{COMPARED} --rows 'rank 4'",
+            f"{COMPARE}:long --output=runs/long": (
+                f"{COMPARED} --rows 'long, switches' --config.sizes.seconds=20"
+                " --config.sizes.switching=1"
+            ),
         },
         stand_ins=(
-            *("runs/bf_0_model", "runs/nv_0_model", "runs/dmd4_0_model"),
-            *(
-                f"runs/{name}_0/lora.safetensors"
-                for name in ("dmd4", "dmd2", "long", "long_switch")
-            ),
-            *(f"runs/rank_{rank}/lora.safetensors" for rank in (4, 8, 16, 64)),
+            *("runs/nv_0_model", "runs/dmd4_0_model", "runs/rank_4/lora.safetensors"),
+            *("runs/dmd2_0/lora.safetensors", "runs/long_switch_0/lora.safetensors"),
         ),
         marks=("long",),
     ),

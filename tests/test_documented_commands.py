@@ -22,7 +22,7 @@ import training
 from documented import DOCUMENTS, GROUPS, INSTALLS, NAMES, ROOT, TESTS
 
 import longlive_jax
-from longlive_jax import bench_model, cli, config, lora, model, plan
+from longlive_jax import bench_model, bench_session, bench_train, cli, config, lora, model, plan
 from longlive_jax.config import SHIPPED, TINY
 from longlive_jax.eval import run as suites
 
@@ -116,7 +116,6 @@ def _run(command: str, capsys) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "XDG_CACHE_HOME": str(pathlib.Path("cache").absolute()),
     }
     environment.pop("PJRT_NPROC", None)  # of this process, which has other devices
     while "=" in words[0]:
@@ -161,6 +160,11 @@ def _make(name: str, monkeypatch) -> None:
         )
         for suite, sizes in small.items():
             monkeypatch.setattr(suites, suite, functools.partial(getattr(suites, suite), **sizes))
+    elif name == "little effort":
+        effort = functools.partial(bench_session.Effort, trials=1, sizes=(1, 2), rounds=1)
+        monkeypatch.setattr(bench_session, "Effort", effort)
+        monkeypatch.setattr(bench_train, "run", functools.partial(bench_train.run, ranks=(1, 2)))
+        monkeypatch.setattr(bench_train, "LENGTH", 12)
     elif name.endswith("_model"):
         path.symlink_to(SHIPPED / "tiny")
     elif name.endswith("lora.safetensors"):

@@ -6,6 +6,7 @@ import types
 import warnings
 
 import pytest
+import scripts
 from longlive_kernels.nvfp4.linear import AR
 
 from longlive_jax import model as models
@@ -30,6 +31,15 @@ def train_ar():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return module("train_ar")
+
+
+def test_rows_that_are_asked_for_come_with_what_they_are_compared_with():
+    compare = scripts.load("compare")
+    rows = [compare.Row("as it is"), compare.Row("a", like="as it is"), compare.Row("b")]
+    assert compare.chosen(rows, []) == rows
+    assert compare.chosen(rows, ["a"]) == rows[:2]
+    with pytest.raises(InputError, match="there is no row 'c': there are 'as it is', 'a', 'b'"):
+        compare.chosen(rows, ["a", "c"])
 
 
 def model(config):
