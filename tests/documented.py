@@ -41,7 +41,8 @@ class Group:
       commands: As documented, with the flags that are added: the last one of a name holds.
       stand_ins: Names of files that cannot be had here, which the test makes beforehand.
       needs: Packages without which the group is skipped.
-      marks: `long` for what takes a minute or more, `aot` for what needs that extra.
+      marks: `long` for what takes a minute or more, `named` for several minutes, `aot` for what
+        needs that extra.
     """
 
     commands: dict[str, str]
@@ -181,7 +182,7 @@ GROUPS = {
             " --repeat 3 --json h100_train.json": SHORT,
         },
         stand_ins=("wan21_1_3b", "wan22_5b", "little effort"),
-        marks=("long",),
+        marks=("named",),
     ),
     "speed of kernels": Group(
         {
@@ -195,7 +196,7 @@ GROUPS = {
             "longlive bench --suite kernels": "--repeat 1 --op nvfp4/quantize",
             "longlive bench --suite kernels --repeat 31": "--repeat 1 --op nvfp4/quantize",
         },
-        marks=("long",),
+        marks=("named",),
     ),
     "scores": Group(
         {
@@ -212,7 +213,7 @@ GROUPS = {
             "python experiments/storage_costs.py --chunks 40": "--chunks 1",
             "python experiments/weight_tiles.py": "",
         },
-        marks=("long",),
+        marks=("named",),
     ),
     "the model that ships": Group(
         {
@@ -245,7 +246,7 @@ GROUPS = {
             "longlive eval --suite toy --model runs/…_model": "",
         },
         stand_ins=("runs/direct1_model", "few videos"),
-        marks=("long",),
+        marks=("named",),
     ),
     "distillation": Group(
         {
@@ -282,7 +283,7 @@ GROUPS = {
             *("runs/nv_0_model", "runs/dmd4_0_model", "runs/rank_4/lora.safetensors"),
             *("runs/dmd2_0/lora.safetensors", "runs/long_switch_0/lora.safetensors"),
         ),
-        marks=("long",),
+        marks=("named",),
     ),
     "a full size": Group(
         {"python experiments/full_size.py --workdir runs/full": "--stage write"},

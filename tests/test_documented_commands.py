@@ -55,7 +55,9 @@ def test_what_tests_are_run_is_there(pytestconfig):
         words = shlex.split(command)
         for word in words:
             if word.startswith("tests/") or word.startswith("."):
-                assert (ROOT / word).exists(), command
+                file, _, test = word.partition("::")
+                assert (ROOT / file).exists(), command
+                assert not test or f"def {test}(" in (ROOT / file).read_text("utf-8"), command
         if "-m" in words[3:]:
             assert set(words[words.index("-m", 3) + 1].split()) - {"not"} <= marks, command
 
