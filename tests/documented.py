@@ -161,7 +161,7 @@ GROUPS = {
     ),
     "cost of spreading": Group(
         {"longlive bench --suite train --cpu_devices 4 --json train.json": f"{SHORT} --seconds 3"},
-        marks=("long",),
+        marks=("named",),
     ),
     "speed of large models": Group(
         {

@@ -26,7 +26,7 @@ from longlive_jax import bench_model, bench_session, bench_train, cli, config, l
 from longlive_jax.config import SHIPPED, TINY
 from longlive_jax.eval import run as suites
 
-LIMIT = 600  # seconds after which a command is taken to hang
+LIMIT = 1800  # seconds after which a command is taken to hang
 SIDE = 64  # pixels of a picture
 ALL = sorted(set(itertools.chain.from_iterable(map(documented.commands, DOCUMENTS))))
 TABLE = [command for group in GROUPS.values() for command in group.commands]
