@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
+from longlive_jax import times
 from longlive_jax.errors import InputError
 
 MODES = ("recache", "keep", "reset")
@@ -23,21 +23,13 @@ class Event:
 
 
 def parse(kind: str, text: str) -> Event:
-    """Reads "SECONDS: PROMPT".
+    """Read "TIME: PROMPT", as `times.split` does.
 
     Raises:
-      InputError: there is no colon, no number before it, or nothing after it.
+      InputError: there is no time, or no prompt.
     """
-    time, colon, prompt = text.partition(":")
-    try:
-        seconds = float(time)
-    except ValueError:
-        seconds = math.nan
-    if not colon or not math.isfinite(seconds):
-        raise InputError(f'"{text}" is not of the form "SECONDS: PROMPT", as in "5: a blue square"')
-    if not prompt.strip():
-        raise InputError(f'"{text}" has no prompt after the colon')
-    return Event(seconds, kind, prompt.strip())
+    seconds, prompt = times.split(text)
+    return Event(seconds, kind, prompt)
 
 
 def in_order(events: Sequence[Event], seconds: float | int) -> tuple[Event, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, check_report, choosing, define_model
+from longlive_jax.commands.shared import Load, check_report, choosing, define_model, define_time
 from longlive_jax.errors import InputError
 
 SIZES = ("preset", "random_weights")
@@ -54,9 +54,7 @@ def define(values: flags.FlagValues) -> None:
     lengths = ", ".join(f"{name} {x.seconds:g}" for name, x in SUITES.items() if x.seconds)
     enum = flags.DEFINE_enum
     enum("suite", "generate", list(SUITES), "what to measure", flag_values=values)
-    flags.DEFINE_float(
-        "seconds", None, f"length of each measured video; by default {lengths}", flag_values=values
-    )
+    define_time("seconds", None, f"length of each measured video; by default {lengths}", values)
     flags.DEFINE_integer("repeat", 3, "how often it is measured", 1, flag_values=values)
     flags.DEFINE_integer(
         "cpu_devices",

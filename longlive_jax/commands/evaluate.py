@@ -7,16 +7,14 @@ import json
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, check_report, choosing, define_model
+from longlive_jax.commands.shared import Load, check_report, choosing, define_model, define_time
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of `longlive eval`."""
     suites = ["toy", "switch", "drift"]
     flags.DEFINE_enum("suite", "toy", suites, "what to measure", flag_values=values)
-    flags.DEFINE_float(
-        "seconds", 60.0, "length of the videos of --suite drift", 10.0, flag_values=values
-    )
+    define_time("seconds", 60.0, "length of the videos of --suite drift", values, least=10.0)
     define_model(values)
 
 

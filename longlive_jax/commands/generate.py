@@ -7,7 +7,14 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, choosing, define_model, path_of, report_path
+from longlive_jax.commands.shared import (
+    Load,
+    choosing,
+    define_model,
+    define_time,
+    path_of,
+    report_path,
+)
 from longlive_jax.config import Recache
 from longlive_jax.errors import InputError
 
@@ -15,10 +22,13 @@ from longlive_jax.errors import InputError
 def define(values: flags.FlagValues) -> None:
     """Flags of `longlive generate`."""
     flags.DEFINE_string("prompt", "", "what to show", flag_values=values)
-    flags.DEFINE_float("seconds", None, "length of the video; by default 10", flag_values=values)
+    define_time("seconds", None, "length of the video, as 90 or 1:30; by default 10", values)
     flags.DEFINE_string("output", "out.mp4", "the video file to write", flag_values=values)
     flags.DEFINE_multi_string(
-        "at", [], '"5: a new prompt" changes the prompt at 5 s', flag_values=values
+        "at",
+        [],
+        '"5: a new prompt" changes the prompt at 5 s, "1:30: a new prompt" at 1 min 30 s',
+        flag_values=values,
     )
     flags.DEFINE_multi_string(
         "cut", [], '"8: a new scene" cuts to a new shot at 8 s', flag_values=values

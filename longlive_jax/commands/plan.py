@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax.commands.shared import Load, check_report
+from longlive_jax.commands.shared import Load, check_report, define_time
 from longlive_jax.errors import InputError
 
 GENERATION = ("precision", "kv", "guidance")  # flags that say nothing of training
@@ -19,7 +19,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "preset", None, "tiny, wan21_1_3b, wan21_14b or wan22_5b", flag_values=values
     )
-    flags.DEFINE_float("seconds", 10.0, "length of the video", flag_values=values)
+    define_time("seconds", 10.0, "length of the video", values)
     flags.DEFINE_string("gpu", "h100", "such as h100, b200, rtx4090", flag_values=values)
     flags.DEFINE_string(
         "mesh",

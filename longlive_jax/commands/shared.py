@@ -12,11 +12,40 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax import backends, output
+from longlive_jax import backends, output, times
 from longlive_jax.config import folder_of
 from longlive_jax.errors import InputError
 
 Load = Callable[..., Any]  # of a model's name, and the keywords of `longlive_jax.load`
+
+
+class TimeParser(flags.FloatParser):
+    """Reads a length or an instant: seconds, m:ss or h:mm:ss."""
+
+    syntactic_help = f"a time: {times.FORMS}"
+
+    def convert(self, argument: str | float | int) -> float:
+        return times.read(argument) if isinstance(argument, str) else float(argument)
+
+
+def define_time(
+    name: str,
+    default: float | None,
+    what: str,
+    values: flags.FlagValues,
+    least: float | None = None,
+) -> None:
+    """Define a flag that takes a time.
+
+    Args:
+      name: The flag.
+      default: In seconds.
+      what: Its line of help.
+      values: Where it is defined.
+      least: The smallest value that is allowed, in seconds; None is any.
+    """
+    parser = TimeParser(lower_bound=least)
+    flags.DEFINE(parser, name, default, what, values, flags.ArgumentSerializer())
 
 
 def define_model(values: flags.FlagValues) -> None:
