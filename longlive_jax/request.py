@@ -71,10 +71,7 @@ class Request:
             ("--video", self.video),
         ]
         if self.script:
-            stories = [draft for draft in drafts if isinstance(draft, Story)]
-            inputs += [
-                ("--script", path) for story in stories for path in (story.image, story.video)
-            ]
+            inputs += [("--script", path) for draft in drafts for path in story.files(draft)]
         outputs = [("--output", path) for path in videos]
         outputs += [("--json", path) for path in reports(self.json, len(drafts))]
         output.check_apart([*inputs, ("--resume", self.resume)], outputs)

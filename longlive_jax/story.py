@@ -14,7 +14,7 @@ A `story.json` is one video. Only "prompt" must be there; paths are beside the f
       ]
     }
 
-"video": "clip.mp4" may stand in place of "image".
+"video": "clip.mp4" may stand in place of "image", and "1:30" or "0:01:30" in place of 90 seconds.
 
 The others, each one or several videos:
 
@@ -23,8 +23,11 @@ The others, each one or several videos:
   (LongLive 1.0 `interactive_inference.py`).
 - A folder `caption/<sample>/*.json`, `<sample>/*.json` or one sample: a shot for each file's
   "caption" (LongLive 2.0 `utils/dataset.py:MultiTextConcatDataset`).
+- A folder `images/cat.png`, `prompts/cat.txt`, or both kinds side by side: a video for each
+  picture, which it begins with, and a shot for each line of its text
+  (`utils/dataset.py:ImagePromptDataset`).
 
-The last two count in latent frames and chunks, so that `read` makes drafts without a model, and
+The last three count in latent frames and chunks, so that `read` makes drafts without a model, and
 `place` puts them on the timeline of one.
 """
 
@@ -40,12 +43,13 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from longlive_jax import documents, timeline
+from longlive_jax import documents, listing, timeline, times
 from longlive_jax.config import ModelConfig
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
 
 SECONDS = 10.0  # of a video of which nothing says how long it is
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
 SEGMENT_S = 10.0  # between interactive prompts: six in 60 s (LongLive 1.0 table 2)
 
 
@@ -98,12 +102,13 @@ class Shots:
     """Captions with a cut between each two.
 
     chunks: how many each shot lasts; the last one takes those that are left over. Empty is an even
-    split, the first shots taking the remainder.
+    split, the first shots taking the remainder. image: what the first shot begins with.
     """
 
     captions: tuple[str, ...]
     chunks: tuple[int, ...] = ()
     name: str = ""
+    image: pathlib.Path | None = None
 
     def place(self, config: ModelConfig, seconds: float | int | None = None) -> Story:
         """The story of that length; None is all chunks, or `SECONDS` of an even split."""
@@ -115,10 +120,17 @@ class Shots:
         lengths = self.chunks or [each + (shot < more) for shot in range(shots)]
         begins = itertools.accumulate(lengths, initial=0)
         placed = list(zip(self.captions[: len(lengths)], begins, strict=False))
-        return _story("cut", placed, config, seconds, self.name)
+        made = _story("cut", placed, config, seconds, self.name)
+        return dataclasses.replace(made, image=self.image)
 
 
 Draft = Story | Segments | Shots
+
+
+def files(draft: Draft) -> list[pathlib.Path]:
+    """The pictures and clips that a draft names."""
+    named = (getattr(draft, name, None) for name in ("image", "video"))
+    return [path for path in named if path is not None]
 
 
 def read(
@@ -127,8 +139,9 @@ def read(
     """What a file or folder tells: a draft for each video, in order.
 
     Args:
-      path: A `.json`, `.jsonl` or `.txt` file, or a folder of captions.
-      chunks_per_shot: Of a folder, for samples without `shot_durations.txt`; 0 splits evenly.
+      path: A `.json`, `.jsonl` or `.txt` file, or a folder of captions or of pictures.
+      chunks_per_shot: Of a folder of captions, for samples without `shot_durations.txt`; 0 splits
+        evenly.
       switch_frames: Of a `.jsonl`, the latent frame of every switch; none is every `SEGMENT_S`.
 
     Raises:
@@ -147,12 +160,14 @@ def read(
     }
     with _reading(path):
         if path.is_dir():
-            return [_sample(folder, chunks_per_shot) for folder in _samples(path)]
+            return _folder(path, chunks_per_shot)
         suffix = path.suffix.lower()
         if suffix not in readers:
             kinds = ", ".join(readers)
-            raise InputError(f"{path} is no story: name a {kinds} file or a folder of captions")
-        text = _text(path)
+            raise InputError(
+                f"{path} is no story: name a {kinds} file or a folder of captions or pictures"
+            )
+        text = documents.read_text(path)
         if not text.strip():
             raise InputError(f"{path} is empty: write what to show into it")
         drafts = readers[suffix](path, text)
@@ -198,8 +213,15 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < timeline.LONGEST  # true is no number
+def _is_time(value: Any) -> bool:
+    """Whether it is a number of seconds, or such text as "1:30"; true is no number."""
+    if isinstance(value, str) and ":" in value:
+        value = times.read(value)
+    return type(value) in (int, float) and abs(value) < timeline.LONGEST
+
+
+def _seconds(value: Any) -> float | int:
+    return times.read(value) if isinstance(value, str) else value
 
 
 # What a value must be, of every key: in words and as a test. The first key must be there.
@@ -208,14 +230,14 @@ _PROMPT = ('words, such as "a red circle"', _is_prompt)
 _PATH = ("the name of a file", _is_prompt)
 _STORY = {
     "prompt": _PROMPT,
-    "seconds": ("a number of seconds above 0", lambda x: _is_number(x) and x > 0),
+    "seconds": ("a number of seconds above 0", lambda x: _is_time(x) and _seconds(x) > 0),
     "seed": ("a whole number from 0 to 4294967295", lambda x: type(x) is int and 0 <= x < 2**32),
     "image": _PATH,
     "video": _PATH,
     "events": ('a list of {"at": SECONDS, "switch": "..."}', lambda x: isinstance(x, list)),
 }
 _EVENT = {
-    "at": ("a number of seconds, 0 or more", lambda x: _is_number(x) and x >= 0),
+    "at": ("a number of seconds, 0 or more", lambda x: _is_time(x) and _seconds(x) >= 0),
     "switch": _PROMPT,
     "cut": _PROMPT,
 }
@@ -240,11 +262,18 @@ def _checked(where: pathlib.Path | str, data: Any, rules: Rules, *, strict: bool
     for key, value in data.items():
         if key not in rules and strict:
             raise InputError(f'{where} knows no "{key}", only {keys}')
-        if key in rules and not rules[key][1](value):
+        if key in rules and not _keeps(where, key, value, rules):
             raise InputError(f'{where}: "{key}" must be {rules[key][0]}, not {_shown(value)}')
     if needed not in data:
         raise InputError(f'{where} has no "{needed}": add {rules[needed][0]}')
     return data
+
+
+def _keeps(where: pathlib.Path | str, key: str, value: Any, rules: Rules) -> bool:
+    try:
+        return rules[key][1](value)
+    except InputError as error:  # of what only looks like a time
+        raise InputError(f'{where}: "{key}": {error}') from error
 
 
 def _shown(value: Any) -> str:
@@ -263,12 +292,13 @@ def _written(path: pathlib.Path, text: str) -> list[Draft]:
         if not file.is_file():
             raise InputError(f'{path}: "{key}": there is no file {file}')
     events = [_event(f"{path}: event {n}", e) for n, e in enumerate(data.get("events", []), 1)]
+    seconds = _seconds(data["seconds"]) if "seconds" in data else None
     try:
-        ordered = in_order(events, data.get("seconds", math.inf))
+        ordered = in_order(events, math.inf if seconds is None else seconds)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     prompt = data["prompt"].strip()
-    return [Story(prompt, data.get("seconds"), ordered, data.get("seed"), **files)]
+    return [Story(prompt, seconds, ordered, data.get("seed"), **files)]
 
 
 def _event(where: str, value: Any) -> Event:
@@ -276,7 +306,7 @@ def _event(where: str, value: Any) -> Event:
     kinds = [kind for kind in ("switch", "cut") if kind in data]
     if len(kinds) != 1:
         raise InputError(f'{where} must have either "switch" or "cut" beside "at"')
-    return Event(data["at"], kinds[0], data[kinds[0]].strip())
+    return Event(_seconds(data["at"]), kinds[0], data[kinds[0]].strip())
 
 
 def _lines(path: pathlib.Path, text: str) -> list[Draft]:
@@ -303,15 +333,50 @@ def _interactive(path: pathlib.Path, text: str, frames: tuple[int, ...]) -> list
     return drafts
 
 
-def _samples(path: pathlib.Path) -> list[pathlib.Path]:
+def _folder(path: pathlib.Path, chunks_per_shot: int) -> list[Draft]:
+    """A folder of captions, or of pictures and their prompts."""
+    if (path / "caption").is_dir():
+        return [_sample(folder, chunks_per_shot) for folder in _samples(path / "caption")]
+    pictures = path / "images" if (path / "images").is_dir() else path
+    prompts = path / "prompts" if (path / "prompts").is_dir() else pictures
+    if images := _images(pictures):
+        # A picture may also lie beside captions, as a preview.
+        captions = any(listing.shown(place, "*.json") for place in (path, *_folders(path)))
+        told = prompts != path or any((prompts / f"{file.stem}.txt").is_file() for file in images)
+        if told or not captions:
+            return [_pictured(image, prompts) for image in images]
+    elif pictures != path:
+        raise InputError(f"{pictures} holds no pictures: put {', '.join(IMAGES)} files there")
+    return [_sample(folder, chunks_per_shot) for folder in _samples(path)]
+
+
+def _images(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = listing.shown(folder)
+    return [path for path in found if path.suffix.lower() in IMAGES and path.is_file()]
+
+
+def _pictured(image: pathlib.Path, prompts: pathlib.Path) -> Draft:
+    """A video that begins with a picture: a shot for each line of the text of the same name."""
+    file = prompts / f"{image.stem}.txt"
+    if not file.is_file():
+        raise InputError(f"{image} has no prompt: write what to show into {file}, a line a shot")
+    lines = [line.strip() for line in documents.read_text(file).split("\n") if line.strip()]
+    if not lines:
+        raise InputError(f"{file} is empty: write what to show into it")
+    return Shots(tuple(lines), name=image.stem, image=image)
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    return [entry for entry in listing.shown(path) if entry.is_dir()]
+
+
+def _samples(root: pathlib.Path) -> list[pathlib.Path]:
     """The folders of captions in a folder, or itself."""
-    root = path / "caption" if (path / "caption").is_dir() else path
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
-    return sorted(folders) or [root]
+    return _folders(root) or [root]
 
 
 def _sample(folder: pathlib.Path, chunks_per_shot: int) -> Draft:
-    files = [file for file in folder.glob("*.json") if file.name != "global.json"]
+    files = [file for file in listing.shown(folder, "*.json") if file.name != "global.json"]
     if not files:
         raise InputError(
             f"{folder} holds no captions: write"
@@ -330,12 +395,13 @@ def _shot_order(file: pathlib.Path) -> tuple[bool, int, str]:
 
 
 def _caption(file: pathlib.Path) -> str:
-    return _checked(file, documents.parse(_text(file), str(file)), _CAPTION)["caption"].strip()
+    told = documents.parse(documents.read_text(file), str(file))
+    return _checked(file, told, _CAPTION)["caption"].strip()
 
 
 def _durations(file: pathlib.Path) -> tuple[int, ...]:
     """Chunks of each shot, separated by commas or white space; none if there is no such file."""
-    words = _text(file).replace(",", " ").split() if file.exists() else []
+    words = documents.read_text(file).replace(",", " ").split() if file.exists() else []
     for word in words:
         if not (word.isdecimal() and len(word) < 10 and int(word)):
             raise InputError(
@@ -354,10 +420,3 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
         raise InputError(
             f"cannot read {error.filename or path}: {reason[:1].lower()}{reason[1:]}"
         ) from error
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not in UTF-8: save it as UTF-8 text") from error

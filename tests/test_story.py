@@ -238,6 +238,57 @@ def test_captions_without_a_chunk_are_left_out(config):
     assert chunk_prompts(made, config) == ["a", CUT_PREFIX + "b"]
 
 
+def pictured(folder, **prompts):
+    """Files of a folder of pictures, without bytes, and their prompts."""
+    split = f"{folder}/images", f"{folder}/prompts"
+    images, texts = (folder, folder) if folder.startswith("flat") else split
+    return {
+        **{f"{images}/{name}.png": b"" for name in prompts},
+        **{f"{texts}/{name}.txt": text for name, text in prompts.items()},
+    }
+
+
+@BY_NAME
+@pytest.mark.parametrize("folder", ["split", "flat"])
+def test_a_picture_and_its_prompt_are_a_video(files, config, folder):
+    """As `ImagePromptDataset` of LongLive 2.0 deals lines out."""
+    files(pictured(folder, cat="a cat\r\n", dog="\ufeffa dog\n\nit swims\nit sleeps"))
+    cat, dog = (draft.place(config, lasting(config, 8)) for draft in read(folder))
+    place = folder if folder == "flat" else f"{folder}/images"
+    assert (cat.image, dog.image) == (
+        pathlib.Path(place, "cat.png"),
+        pathlib.Path(place, "dog.png"),
+    )
+    assert chunk_prompts(cat, config) == ["a cat"] * 8
+    shots = [["a dog"] * 3, [f"{CUT_PREFIX}it swims"], ["it swims"] * 2]
+    shots += [[f"{CUT_PREFIX}it sleeps", "it sleeps"]]
+    assert chunk_prompts(dog, config) == sum(shots, [])
+
+
+@pytest.mark.parametrize("kind", [".png", ".JPG", ".jpeg", ".webp", ".BMP"])
+def test_pictures_of_every_kind_that_is_read_there(files, kind):
+    files({f"s/images/a{kind}": b"", "s/prompts/a.txt": "x", "s/prompts/b.txt": "y"})
+    (found,) = read("s")
+    assert (found.image, found.captions) == (pathlib.Path(f"s/images/a{kind}"), ("x",))
+
+
+def test_prompts_may_lie_apart_from_pictures_that_do_not(files):
+    files({"s/a.png": b"", "s/prompts/a.txt": "x", "t/images/a.png": b"", "t/images/a.txt": "y"})
+    assert [draft.captions for name in "st" for draft in read(name)] == [("x",), ("y",)]
+
+
+def test_a_picture_beside_captions_is_no_story(files):
+    files({**captions("s", "0"), "s/preview.png": b"", **captions("t/a", "0"), "t/x.jpg": b""})
+    for name in "st":
+        (found,) = read(name)
+        assert isinstance(found, Shots) and found.image is None
+
+
+def test_pictures_are_inputs_that_nothing_overwrites(files):
+    files(pictured("s", cat="a cat"))
+    assert [story.files(draft) for draft in read("s")] == [[pathlib.Path("s/images/cat.png")]]
+
+
 def test_lengths_of_shots_that_there_are_none_of_are_not_read(files):
     files({**captions("s", "01"), "s/shot_durations.txt": "6 6 6 6"})
     assert read("s") == [Shots(("c0", "c1"), (6, 6), "s")]
@@ -322,6 +373,10 @@ BAD = {
     "no caption": ({"s/0.json": '{"title": "x"}'}, "s", 's/0.json has no "caption"'),
     "blank caption": ({"s/0.json": '{"caption": ""}'}, "s", '"caption" must be words'),
     "half": ({**captions("s", "0"), "s/shot_durations.txt": "2.5"}, "s", '"2.5" is no number'),
+    "no text": ({"s/images/a.png": b""}, "s", "a.png has no prompt: write what to show into s/"),
+    "no text beside": ({"s/a.png": b""}, "s", "s/a.png has no prompt: write what to show into s/a"),
+    "empty text": (pictured("s", a=" \n"), "s", "s/prompts/a.txt is empty"),
+    "no pictures": ({"s/images/a.gif": b""}, "s", "s/images holds no pictures: put .png"),
     "zero": ({**captions("s", "0"), "s/shot_durations.txt": "4, 0"}, "s", '"0" is no number'),
 }
 

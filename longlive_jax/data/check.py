@@ -177,7 +177,7 @@ def _written(sample: Sample) -> Iterator[Found]:
     durations = sample.captions / "shot_durations.txt"
     if durations.exists():
         with folder.reading(durations):
-            words = durations.read_text("utf-8", "replace").replace(",", " ").split()
+            words = durations.read_text("utf-8-sig", "replace").replace(",", " ").split()
         count = sum(file.stem != "global" for file in files)
         if not all(word.isdecimal() and int(word) for word in words):
             found = f"is no list of whole numbers: {' '.join(words)[:40]}"

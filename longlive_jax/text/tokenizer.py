@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int
 
+from longlive_jax import documents
 from longlive_jax.errors import InputError
 from longlive_jax.text.clean import clean
 
@@ -160,7 +161,7 @@ def load(folder: str | os.PathLike, text_len: int) -> PieceTokenizer:
     """
     folder = pathlib.Path(folder)
     readers = {
-        "tokenizer.json": lambda path: from_json(path.read_text("utf-8"), text_len),
+        "tokenizer.json": lambda path: from_json(documents.read_text(path), text_len),
         "spiece.model": lambda path: from_sentencepiece(path.read_bytes(), text_len),
     }
     for name, read in readers.items():

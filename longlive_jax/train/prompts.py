@@ -20,10 +20,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from longlive_jax import opening, sharding
+from longlive_jax import documents, opening, sharding
 from longlive_jax.errors import InputError
 from longlive_jax.model import Model
 from longlive_jax.train.sequence import Plot
+
+LARGEST = 1 << 30  # bytes of a file of prompts: a million of them take 0.3 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Line:
 def read(path: pathlib.Path) -> list[Line]:
     """The lines of a file. Raises InputError for a file, or a line, that cannot be read."""
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in documents.read_text(path, limit=LARGEST).splitlines()]
+    except (OSError, InputError) as error:
         raise InputError(f"the prompts in {path} cannot be read: {error}") from error
     found = [_line(path, i, line) for i, line in enumerate(lines, 1) if line]
     if not found:
