@@ -69,7 +69,7 @@ def convert(
       InputError: something is not as it should be; nothing has been written then.
     """
     output.check_new_folder(to)
-    sources = [family.read(path, ema=ema) for path in paths]
+    sources = [family.read(path, ema=ema, dtype=DTYPES[dtype]) for path in paths]
     parts, configs = combine(sources)
     if not parts:
         raise InputError("there is no model in what was given, only what goes with one")
@@ -92,9 +92,11 @@ def convert(
         if layout != "longlive":
             export.write(ours, stage, layout)
             shutil.rmtree(ours)
-    dit, notes = parts.get("dit"), ()
+    dit = parts.get("dit")
+    notes = tuple(note for source in sources for note in source.notes)
+    notes += tuple(part.note for part in parts.values() if part.note)
     if layout == "longlive" and dit is not None and dit.plain and adapter is None:
-        notes = (_PLAIN.format(path=dit.path, steps=cfg.sampler.steps),)
+        notes += (_PLAIN.format(path=dit.path, steps=cfg.sampler.steps),)
     if precision is not None and dit.packed is not None:
         notes += (_KEPT.format(path=dit.path),)
     return notes
@@ -289,13 +291,15 @@ def _write_rest(
     folder: pathlib.Path,
     cfg: ModelConfig,
     adapter: lora.Lora | None,
-    tokenizer: pathlib.Path | None,
+    tokenizer: pathlib.Path | bytes | None,
 ) -> None:
     text = json.dumps(config.to_json(cfg), indent=1) + "\n"
     (folder / "config.json").write_text(text, "utf-8")
     if adapter is not None:
         lora.save(folder / "lora.safetensors", adapter)
-    if tokenizer is not None:
+    if isinstance(tokenizer, bytes):
+        (folder / "spiece.model").write_bytes(tokenizer)
+    elif tokenizer is not None:
         for name in family.TOKENIZER:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)

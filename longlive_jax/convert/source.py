@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import math
@@ -16,14 +17,14 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from longlive_jax import documents
+from longlive_jax import documents, listing
 from longlive_jax.convert import pickles
 from longlive_jax.convert.finite import checked
 from longlive_jax.errors import InputError
@@ -57,14 +58,25 @@ _FROM_TORCH = {  # types that PyTorch does not hand to numpy itself
     "float4_e2m1fn_x2": np.dtype(np.uint8),  # two to a byte, as they are
 }
 _SAFETENSORS, _TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
+# Names of shards in a folder, those that are taken first in front. Others in .bin are the states of
+# optimisers, or of a training.
+_SHARDS = {
+    ".safetensors": ("*.safetensors",),
+    ".bin": (
+        *("diffusion_pytorch_model*.bin", "pytorch_model*.bin", "model*.bin"),
+        "adapter_model*.bin",
+    ),
+}
+_INDEX = ".index.json"
 _LARGEST_HEADER = 100 << 20
 _MOST_AXES = 16
 _MOST_ENTRIES, _DEEPEST = 200_000, 16  # of nested dicts and lists, which may repeat each other
-_NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
 ENGINE = (
     "holds TransformerEngine's runtime form;"
     " convert the merged bf16 file or the packed FourOverSix one"
 )
+_GGUF = '"{path}" is a GGUF file, which is not read: convert one in safetensors'
 _ENGINE_ONLY = ("_io.BytesIO", "transformer_engine")  # the state that its modules pickle
 # What `torch.load` has been seen to raise on files that are cut short or something else.
 _BROKEN = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -138,9 +150,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """A `.safetensors`, `.pt` or `.pth` file, or a folder of safetensors shards.
+    """A `.safetensors`, `.pt`, `.pth` or `.bin` file, an index of shards, or a folder of shards.
 
-    A folder is what its one `*.safetensors.index.json` lists, or without one all of its shards.
+    A folder is what its one `*.safetensors.index.json` lists, or without one all of its shards; of
+    a folder without safetensors, the same in `.bin`.
 
     Raises:
       InputError: it is not there, is no checkpoint, is cut short, lacks a shard, holds more than
@@ -152,11 +165,16 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if path.is_dir():
         return _folder(path)
     _check_ordinary(path)
-    if path.suffix in _SAFETENSORS:
+    if path.name.endswith(_INDEX):
+        return Checkpoint({"": indexed(path)}, {})
+    suffix = path.suffix.lower()
+    if suffix in _SAFETENSORS:
         tensors, facts = _safetensors(path)
         return Checkpoint({"": tensors}, facts)
-    if path.suffix in _TORCH:
+    if suffix in _TORCH:
         return _grouped(path, _torch(path))
+    if suffix == ".gguf":
+        raise InputError(_GGUF.format(path=path))
     kinds = ", ".join((*_SAFETENSORS, *_TORCH))
     raise InputError(f'"{path}" is no checkpoint: its name should end in one of {kinds}')
 
@@ -236,10 +254,14 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
         raise InputError(f'"{path}" cannot be read: {error.strerror}') from error
     if head == b"version ":
         raise InputError(f'"{path}" only points to its contents: fetch them with git lfs pull')
+    if head.startswith(b"GGUF"):
+        raise InputError(_GGUF.format(path=path))
     if len(head) < 8 or there < length <= _LARGEST_HEADER:
         raise InputError(f'"{path}" is cut short: its header has {length} bytes')
     try:
-        header = documents.parse(text, "the header")
+        header = documents.parse(text.decode("utf-8"), "the header")
+    except UnicodeDecodeError as error:
+        raise InputError(f'"{path}" is no safetensors file: it is not in UTF-8') from error
     except InputError as error:
         raise InputError(f'"{path}" is no safetensors file: {error}') from error
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
@@ -247,22 +269,66 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def checkpoints(folder: pathlib.Path) -> dict[pathlib.Path, Callable[[], Checkpoint]]:
+    """The checkpoints side by side in a folder, each with what opens it, by the file to call it by.
+
+    An index is one with its shards, and so are numbered shards without one. A file in PyTorch's
+    format is left out where one of the same name is there in safetensors.
+
+    Raises:
+      OSError: the folder cannot be read.
+    """
+    found: dict[pathlib.Path, Callable[[], Checkpoint]] = {}
+    names = [path.name for path in listing.shown(folder) if path.is_file()]
+    covered: set[str] = set()
+    for name in names:
+        if name.endswith(_INDEX):
+            found[folder / name] = functools.partial(open_checkpoint, folder / name)
+            covered |= _listed_shards(folder / name)
+    shards: dict[tuple[str, ...], list[pathlib.Path]] = {}
+    for name in names:
+        parts = _NUMBERED.fullmatch(name)
+        if parts is not None and name not in covered:
+            stem, _, count, kind = parts.groups()
+            shards.setdefault((stem, count, kind), []).append(folder / name)
+            covered.add(name)
+    for paths in shards.values():
+        found[paths[0]] = functools.partial(_joined, folder, paths)
+    for name in names:
+        path = folder / name
+        twin = path.with_suffix(_SAFETENSORS[0])
+        if path.suffix.lower() in _TORCH and twin.name in names or name in covered:
+            continue
+        kinds = _SHARDS.get(path.suffix.lower(), ())
+        if path.suffix.lower() in (".pt", ".pth", ".ckpt") or _named(name, kinds):
+            found[path] = functools.partial(open_checkpoint, path)
+    return found
+
+
+def _named(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _folder(folder: pathlib.Path) -> Checkpoint:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        names = " and ".join(path.name for path in indexes)
-        raise InputError(f'"{folder}" holds more than one checkpoint: {names}')
-    if indexes:
-        return Checkpoint({"": indexed(indexes[0])}, {})
-    files = sorted(path for path in folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f'"{folder}" holds no safetensors files')
+    for kind, patterns in _SHARDS.items():
+        indexes = listing.shown(folder, f"*{kind}{_INDEX}")
+        if len(indexes) > 1:
+            names = " and ".join(path.name for path in indexes)
+            raise InputError(f'"{folder}" holds more than one checkpoint: {names}')
+        if indexes:
+            return Checkpoint({"": indexed(indexes[0])}, {})
+        if files := [path for path in listing.shown(folder) if _named(path.name, patterns)]:
+            return _joined(folder, files)
+    raise InputError(f'"{folder}" holds no safetensors files')
+
+
+def _joined(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> Checkpoint:
+    """The tensors of all these files as one checkpoint."""
     _complete(folder, [path.name for path in files])
     stored: dict[str, Stored] = {}
     facts: dict[str, Fact] = {}
     for path in files:
-        _check_ordinary(path)
-        tensors, metadata = _safetensors(path)
+        tensors, metadata = _shard(path)
         if twice := sorted(stored.keys() & tensors.stored.keys()):
             raise InputError(f'"{path}" repeats {twice[0]} from another file of its folder')
         stored |= tensors.stored
@@ -270,20 +336,28 @@ def _folder(folder: pathlib.Path) -> Checkpoint:
     return Checkpoint({"": Tensors(stored)}, facts)
 
 
+def _shard(path: pathlib.Path) -> tuple[Tensors, Mapping[str, Fact]]:
+    _check_ordinary(path)
+    if path.suffix.lower() not in _TORCH:
+        return _safetensors(path)
+    checkpoint = _grouped(path, _torch(path))
+    if set(checkpoint.groups) != {""}:
+        raise InputError(f'"{path}" is no shard: it holds {", ".join(sorted(checkpoint.groups))}')
+    return checkpoint.groups[""], checkpoint.facts
+
+
 def _complete(folder: pathlib.Path, names: list[str]) -> None:
     for name in names:
         if parts := _NUMBERED.fullmatch(name):
-            stem, number, count = parts.groups()
+            stem, number, count, kind = parts.groups()
             shards = (f"{stem}-{i:0{len(number)}}-of-{count}" for i in range(1, int(count) + 1))
             for shard in shards:
-                if f"{shard}.safetensors" not in names:
-                    raise InputError(f'"{folder}" lacks the shard {shard}.safetensors')
+                if f"{shard}.{kind}" not in names:
+                    raise InputError(f'"{folder}" lacks the shard {shard}.{kind}')
 
 
-def indexed(index: pathlib.Path) -> Tensors:
-    """The tensors of the shards that an index file lists. Raises InputError as `open_checkpoint`
-    does.
-    """
+def _weight_map(index: pathlib.Path) -> dict[str, list[str]]:
+    """The names of tensors in each shard that an index lists."""
     try:
         places = documents.read(index)["weight_map"]
         shards = collections.defaultdict(list)
@@ -293,12 +367,26 @@ def indexed(index: pathlib.Path) -> Tensors:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'"{index}" is no index of shards') from error
+    return shards
+
+
+def _listed_shards(index: pathlib.Path) -> set[str]:
+    """The same, none where it is no index: that is said when it is opened."""
+    try:
+        return set(_weight_map(index))
+    except InputError:
+        return set()
+
+
+def indexed(index: pathlib.Path) -> Tensors:
+    """The tensors of the shards that an index file lists. Raises InputError as `open_checkpoint`
+    does.
+    """
     stored = {}
-    for shard, names in sorted(shards.items()):
+    for shard, names in sorted(_weight_map(index).items()):
         if not (index.parent / shard).exists():
             raise InputError(f'"{index.parent}" lacks the shard {shard}')
-        _check_ordinary(index.parent / shard)
-        tensors, _ = _safetensors(index.parent / shard)
+        tensors, _ = _shard(index.parent / shard)
         if different := sorted(set(names) ^ set(tensors)):
             raise InputError(f'"{index}" and its shard {shard} disagree about {different[0]}')
         stored |= tensors.stored

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -22,6 +23,9 @@ from longlive_jax.convert.source import spec_of
 from longlive_jax.errors import InputError
 
 M = TypeVar("M", bound=nnx.Module)
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FP8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 LINEAR = (1, 0)  # out in -> in out
 CONV2D = (2, 3, 1, 0)  # out in h w -> h w in out
@@ -169,7 +173,7 @@ def plan(
         ]
         used.update(found)
         dtypes = [np.dtype(s.dtype) for s in found.values()] or [np.dtype(leaves[row.target].dtype)]
-        dtype = functools.reduce(np.promote_types, dtypes)
+        dtype = _common(dtypes)
         planned[row.target] = Pending(
             shape, dtype, functools.partial(_forward, row, tensors, shape, dtype)
         )
@@ -178,6 +182,19 @@ def plan(
     if missing or unexpected or shapes or unfilled:
         raise NameMismatch(missing, unexpected, shapes, unfilled)
     return planned
+
+
+def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The type that holds the numbers of all: blocks of one file may differ. Numbers in fp8 are in
+    any other type too.
+    """
+    found = set(dtypes)
+    if len(found) > 1:
+        found = {kind for kind in found if kind not in _FP8} or {_BFLOAT16}
+    try:
+        return functools.reduce(np.promote_types, found)
+    except TypeError:  # numpy knows no type for bfloat16 and float16
+        return np.dtype(np.float32)
 
 
 def _forward(
