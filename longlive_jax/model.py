@@ -16,7 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax import arguments, config, documents, opening, rollout, sampler, weights
+from longlive_jax import (
+    arguments,
+    config,
+    documents,
+    opening,
+    published,
+    rollout,
+    sampler,
+    weights,
+)
 from longlive_jax import lora as loras
 from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig, folder_of
 from longlive_jax.convert.table import NameMismatch, Pending
@@ -305,7 +314,12 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     try:
         data = documents.read(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f'"{folder}" is no model: config.json is missing') from error
+        missing = f'"{folder}" is no model: config.json is missing'
+        raise InputError(published.advice(folder) or missing) from error
+    # The config.json of Wan and of diffusers is about one part.
+    foreign = not isinstance(data, dict) or "dit" not in data
+    if foreign and (advice := published.advice(folder)):
+        raise InputError(advice)
     if not isinstance(data, dict):
         raise InputError(f'"{path}" is no model\'s config: it is no group of fields')
     try:

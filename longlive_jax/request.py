@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from longlive_jax import output, story
+from longlive_jax import output, published, story
 from longlive_jax.config import folder_of
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
@@ -124,6 +124,8 @@ def reports(path: pathlib.Path | None, count: int) -> list[pathlib.Path | None]:
 def check_model(model: str) -> None:
     """Raises `InputError` for a name that is neither the shipped model nor a folder."""
     if model != "tiny" and not pathlib.Path(model).is_dir():
+        if advice := published.advice(pathlib.Path(model)):
+            raise InputError(advice)
         raise InputError(f'unknown model "{model}": say tiny, or name a folder that holds a model')
 
 
