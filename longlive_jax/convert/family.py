@@ -441,10 +441,13 @@ def _gathered(
     sources: list[Source] = []
     skipped: list[str] = []
     waiting = {file: opened for file, opened in checkpoints(path).items() if _is(file, only)}
-    # Whatever else lies in a folder with a transformer in .pt files is a training's.
-    for file in sorted(waiting, key=lambda file: file.suffix.lower() not in _FIRST):
-        known = file.suffix.lower() in _FIRST or _is(file, _PICKLES)
-        if not known and any(part.name == "dit" for one in sources for part in one.parts):
+    first = [file for file in waiting if file.suffix.lower() in _FIRST]
+    for file in (*first, *(file for file in waiting if file not in first)):
+        # Beside a transformer in other files, those of PyTorch's own kind are a training's.
+        settled = any(
+            part.name == "dit" and part.path in first for s in sources for part in s.parts
+        )
+        if settled and file not in first and not _is(file, _PICKLES):
             continue
         told = {} if file.suffix.lower() == ".pth" and hints is not None else hints
         try:
