@@ -47,6 +47,7 @@ EXTRAS = {
         "diffusers>=0.42",
         "transformers>=5.23",
         "peft>=0.21",
+        "pillow>=11",
     ],
 }
 

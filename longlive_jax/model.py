@@ -88,8 +88,10 @@ class Model:
         Args:
           seed: From 0 to 2**32 - 1; the same seed and the same changes make the same video.
           steps: Denoising steps; None is the model's own number.
-          image: What the video begins with: a file, or uint8 [H, W, 3]. Its latent is held clean.
-          video: A clip that it continues: a file, or uint8 [t, H, W, 3] at the model's FPS.
+          image: What the video begins with: a file, a PIL image, or an array [H, W] or [H, W, c]
+            of any library, uint8 or from 0 to 1; c is 1 to 4. Its latent is held clean.
+          video: A clip that it continues: a file; or at the model's FPS a list of such pictures,
+            or an array [t, H, W, c].
           history: Chunks that `Session.rewind` can take back.
           vae_device: Where chunks are decoded, while the next ones are denoised on the model's
             device.

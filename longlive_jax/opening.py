@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,8 @@ from longlive_jax.vae import vae as coder
 if TYPE_CHECKING:
     from longlive_jax.model import Model
 
-Pixels = str | os.PathLike | np.ndarray  # a file, or uint8 [t] H W 3
+# A file, a PIL image, an array (uint8, or from 0 to 1, [t] H W [c]), or a list of pictures.
+Pixels = Any
 
 
 def begin(
@@ -50,11 +50,12 @@ def begin(
     state = State(rollout.begin(cfg, [seed], text.k.dtype), carry, text)
     position = Position(prompt=prompt, whole=prompt)
     if video is not None:
-        from longlive_jax import media  # imports PyAV, which a prompt alone does not need
+        from longlive_jax import media, pixels  # PyAV, which a prompt alone does not need
 
-        clip = media.read_clip(video, cfg.height, cfg.width, cfg.fps)
+        frames, done = (video, "") if pixels.is_file(video) else pixels.clip(video)
+        clip = media.read_clip(frames, cfg.height, cfg.width, cfg.fps)
         state, position, note = _continued(model, state, position, clip.frames)
-        notes = (clip.note, note)
+        notes = (_listed(done, clip.note), note)
     if vae_device is not None:
         state = State(state.rollout, jax.device_put(state.carry, vae_device), text)
     notes = tuple(filter(None, (*notes, model.prompt_note(prompt))))
@@ -69,10 +70,15 @@ def picture(model: Model, image: Pixels) -> tuple[Latents, str]:
 
     Raises InputError for what cannot be read.
     """
-    from longlive_jax import media  # imports PyAV, which a prompt alone does not need
+    from longlive_jax import media, pixels  # PyAV, which a prompt alone does not need
 
-    found = media.read_image(image, model.config.height, model.config.width)
-    return _encode(model.vae, _floats(found.frames)), found.note
+    frame, done = (image, "") if pixels.is_file(image) else pixels.picture(image)
+    found = media.read_image(frame, model.config.height, model.config.width)
+    return _encode(model.vae, _floats(found.frames)), _listed(done, found.note)
+
+
+def _listed(*notes: str) -> str:
+    return ", ".join(filter(None, notes))
 
 
 def _continued(

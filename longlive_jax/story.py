@@ -39,6 +39,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -61,8 +62,8 @@ class Story:
     seconds: float | int | None = None  # None where the file does not say
     events: tuple[Event, ...] = ()
     seed: int | None = None
-    image: pathlib.Path | None = None
-    video: pathlib.Path | None = None
+    image: Any = None  # a file; in Python whatever `Model.session` takes
+    video: Any = None
     name: str = ""  # what to call its output
 
     def place(self, config: ModelConfig, seconds: float | int | None = None) -> Story:
@@ -108,7 +109,7 @@ class Shots:
     captions: tuple[str, ...]
     chunks: tuple[int, ...] = ()
     name: str = ""
-    image: pathlib.Path | None = None
+    image: Any = None  # as of a `Story`
 
     def place(self, config: ModelConfig, seconds: float | int | None = None) -> Story:
         """The story of that length; None is all chunks, or `SECONDS` of an even split."""
@@ -128,9 +129,9 @@ Draft = Story | Segments | Shots
 
 
 def files(draft: Draft) -> list[pathlib.Path]:
-    """The pictures and clips that a draft names."""
+    """The files of pictures and clips that a draft names."""
     named = (getattr(draft, name, None) for name in ("image", "video"))
-    return [path for path in named if path is not None]
+    return [pathlib.Path(path) for path in named if isinstance(path, str | os.PathLike)]
 
 
 def read(

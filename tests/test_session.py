@@ -19,6 +19,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import streams
 
@@ -32,6 +33,8 @@ from longlive_jax.progress import PendingChunk
 from longlive_jax.undo import Undo
 from longlive_jax.vae import vae as coder
 from longlive_jax.vae.tae import TAE
+
+pil = parity.optional("PIL.Image")
 
 RED = "a red circle moves left over a black background"
 BLUE = "a blue circle moves left over a black background"
@@ -1033,13 +1036,37 @@ def test_a_clip_is_continued(tiny, made, extra):
     assert np.abs(chunk[0].astype(int) - clip[-1]).mean() < 5
 
 
+def test_pictures_and_clips_of_python_are_those_of_uint8(tiny):
+    """The latents are the same to the bit, whatever the pictures come as."""
+    image = picture()
+    clear = np.concatenate([image, np.full_like(image[..., :1], 255)], -1)
+    told = np.asarray(tiny.session(RED, steps=1, image=image).given)
+    for same in (image / 255.0, jnp.asarray(image), clear):
+        session = tiny.session(RED, steps=1, image=same)
+        np.testing.assert_array_equal(session.given, told)
+        assert not session.notes
+    hidden = tiny.session(RED, steps=1, image=np.tile(clear // 2, (2, 1, 1)))
+    assert hidden.notes == ("transparent parts made black, 64 rows cropped",)
+    clip = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+    videos = (clip, [*(clip / 255.0)])
+    latents = [held(tiny.session(RED, steps=1, video=video)) for video in videos]
+    np.testing.assert_array_equal(*latents)
+
+
+def test_a_video_begins_with_an_image_of_pillow(tiny):
+    image = picture()
+    sessions = [tiny.session(RED, steps=1, image=x) for x in (image, pil.fromarray(image))]
+    np.testing.assert_array_equal(*(session.given for session in sessions))
+
+
 def test_pictures_that_cannot_be_used_are_refused(tiny, tmp_path):
     clip = np.zeros((9, 64, 64, 3), np.uint8)
     with pytest.raises(InputError, match="at least 9 frames at 16 FPS, this one has 8"):
         tiny.session(RED, video=clip[1:])
     with pytest.raises(InputError, match="not both"):
         tiny.session(RED, video=clip, image=clip[0])
-    for options in ({"video": clip / 2}, {"image": clip[0] / 2}, {"video": clip[0]}):
+    wide = clip.astype(np.int64)
+    for options in ({"video": wide}, {"image": wide[0]}, {"video": clip[0]}):
         with pytest.raises(InputError, match="is uint8"):
             tiny.session(RED, **options)
     with pytest.raises(InputError, match="cannot read .*no such file"):
