@@ -60,7 +60,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "script",
         None,
-        "a story.json, or LongLive's prompt files: .txt, .jsonl, a folder of captions",
+        "a story.json, or LongLive's prompt files: .txt, .jsonl, a folder of captions or pictures",
         flag_values=values,
     )
     flags.DEFINE_string("resume", None, "a saved session to continue", flag_values=values)
