@@ -12,9 +12,6 @@ from longlive_jax import demux, pixels
 from longlive_jax.errors import InputError
 from longlive_jax.media import read_image
 
-pil = parity.optional("PIL.Image")
-torch = parity.optional("torch")
-
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (12, 20, 3), np.uint8)
 GREY = RGB[..., 0]
@@ -54,6 +51,7 @@ def test_an_array_is_a_picture(source, told, note):
 
 
 def test_an_array_of_pytorch_is_a_picture():
+    torch = parity.needed("torch")
     np.testing.assert_array_equal(pixels.picture(torch.from_numpy(RGB))[0], RGB)
     np.testing.assert_array_equal(pixels.picture(torch.from_numpy(RGB) / 255)[0], RGB)
     with pytest.raises(InputError, match="cannot be made an array"):
@@ -101,7 +99,7 @@ def test_what_is_no_picture_is_one_sentence(source, said):
 
 
 def of_mode(mode):
-    return pil.fromarray(RGB).convert(mode)
+    return parity.needed("PIL.Image").fromarray(RGB).convert(mode)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -113,6 +111,7 @@ def test_every_opaque_mode_is_read(mode):
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "PA"])
 def test_every_transparent_mode_is_over_black(mode):
+    pil = parity.needed("PIL.Image")
     image = pil.fromarray(RGBA).convert("RGBA" if mode != "LA" else "LA")
     image = image if mode == "PA" else image.convert(mode)
     if mode == "PA":
@@ -134,6 +133,7 @@ def test_a_transparent_colour_of_a_palette_is_black():
 
 
 def test_sixteen_bits_are_scaled():
+    pil = parity.needed("PIL.Image")
     deep = pil.fromarray(GREY.astype(np.uint16) * 257)
     assert deep.mode.startswith("I;16")
     np.testing.assert_array_equal(pixels.picture(deep)[0], grey(GREY))
@@ -141,6 +141,7 @@ def test_sixteen_bits_are_scaled():
 
 @pytest.mark.parametrize("mode", ["I", "F", "LAB"])
 def test_modes_without_a_range_are_refused(mode):
+    pil = parity.needed("PIL.Image")
     image = pil.new(mode, (4, 4))
     with pytest.raises(InputError, match=f'a PIL image of mode "{mode}": make it "RGB"'):
         pixels.picture(image)
@@ -149,6 +150,7 @@ def test_modes_without_a_range_are_refused(mode):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_an_orientation_is_applied_as_for_files(tmp_path, orientation, suffix):
+    pil = parity.needed("PIL.Image")
     flat = np.zeros((32, 48, 3), np.uint8)
     flat[:16, :24, 0] = flat[:16, 24:, 1] = flat[16:, :24, 2] = 255
     image = pil.fromarray(flat)
@@ -164,6 +166,7 @@ def test_an_orientation_is_applied_as_for_files(tmp_path, orientation, suffix):
 
 
 def animation():
+    pil = parity.needed("PIL.Image")
     data = io.BytesIO()
     frames = [pil.new("RGB", (8, 8), (80 * i, 0, 0)) for i in range(3)]
     frames[0].save(data, "GIF", save_all=True, append_images=frames[1:])
@@ -178,6 +181,7 @@ def test_an_animation_is_no_picture_and_no_clip():
 
 
 def test_half_a_picture_is_damaged():
+    pil = parity.needed("PIL.Image")
     data = io.BytesIO()
     pil.fromarray(RANDOM.integers(0, 256, (64, 64, 3), np.uint8)).save(data, "PNG")
     with pytest.raises(InputError, match="the picture is damaged"):
@@ -185,6 +189,7 @@ def test_half_a_picture_is_damaged():
 
 
 def test_a_picture_of_many_pixels_is_refused_before_it_is_converted(monkeypatch):
+    pil = parity.needed("PIL.Image")
     monkeypatch.setattr(demux, "MOST_PIXELS", 239)
     with pytest.raises(InputError, match="is 20x12, more than"):
         pixels.picture(pil.fromarray(RGB))
@@ -211,6 +216,7 @@ def test_frames_are_a_clip(source, told):
 
 
 def test_pil_images_are_a_clip():
+    pil = parity.needed("PIL.Image")
     got, note = pixels.clip([pil.fromarray(x).convert("RGBA") for x in CLIP])
     assert not note
     np.testing.assert_array_equal(got, CLIP)

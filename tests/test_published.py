@@ -22,8 +22,6 @@ from longlive_jax.convert.source import open_checkpoint
 from longlive_jax.errors import InputError
 from longlive_jax.text import tokenizer
 
-torch = parity.optional("torch")
-
 DIT = small_wan.tensors("dit")
 TEXT = small_wan.tensors("text", "transformers")
 VAE = small_wan.tensors("vae")
@@ -39,6 +37,7 @@ HIDDEN = (
 
 
 def save_pt(path, tensors, group=None):
+    torch = parity.needed("torch")
     path.parent.mkdir(parents=True, exist_ok=True)
     made = {name: torch.from_numpy(x) for name, x in tensors.items()}
     torch.save(made if group is None else {group: made}, path)
@@ -159,6 +158,7 @@ def test_components_of_diffusers_in_bin(tmp_path):
 
 
 def test_a_bin_that_runs_code_is_refused(tmp_path):
+    torch = parity.needed("torch")
     torch.save({"x": torch.zeros(1), "y": pathlib.PurePosixPath("/")}, tmp_path / "model.bin")
     with pytest.raises(InputError, match="nothing of it was run"):
         family.read(tmp_path)

@@ -34,8 +34,6 @@ from longlive_jax.undo import Undo
 from longlive_jax.vae import vae as coder
 from longlive_jax.vae.tae import TAE
 
-pil = parity.optional("PIL.Image")
-
 RED = "a red circle moves left over a black background"
 BLUE = "a blue circle moves left over a black background"
 GREEN = "a green square bounces over a grey background"
@@ -1054,6 +1052,7 @@ def test_pictures_and_clips_of_python_are_those_of_uint8(tiny):
 
 
 def test_a_video_begins_with_an_image_of_pillow(tiny):
+    pil = parity.needed("PIL.Image")
     image = picture()
     sessions = [tiny.session(RED, steps=1, image=x) for x in (image, pil.fromarray(image))]
     np.testing.assert_array_equal(*(session.given for session in sessions))
