@@ -202,14 +202,19 @@ class Copy:
         finally:
             path.write_text(text, "utf-8")
 
-    def test(self, names: tuple[str, ...], limit: int | None = None) -> tuple[str, str]:
-        """Runs tests until one fails: the outcome, and what it is told by. limit: seconds, in the
-        place of the copy's own.
+    def test(self, *tests: str, limit: int | None = None) -> tuple[str, str]:
+        """Runs tests until one fails.
+
+        Args:
+          tests: Files, or single tests by pytest's names for them.
+          limit: Seconds that they may take, in the place of the copy's own.
+
+        Returns:
+          The outcome, and the test that failed or what else it is told by.
         """
         limit = limit or self.limit
         command = ["nice", "-n", str(NICENESS), sys.executable, "-m", "pytest", "-x", "-q"]
-        command += ["-n", "0", "-p", "no:cacheprovider"]
-        command += [f"tests/test_{name}.py" for name in names]
+        command += ["-n", "0", "-p", "no:cacheprovider", *tests]
         process = subprocess.Popen(
             command,
             cwd=self.tree,
@@ -230,7 +235,7 @@ class Copy:
                 process.communicate()
         if process.returncode == 0:
             return SURVIVED, ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", printed, re.MULTILINE)
         return FOUND, failed[1] if failed else f"the run ended with code {process.returncode}"
 
 
@@ -246,7 +251,7 @@ class Results:
         self.path = path
         text = json.dumps(sorted(sources.items()))
         self.sources = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.sound: dict[str, float] = {}  # seconds of tests that pass without a fault
+        self.sound: dict[str, float] = {}  # seconds of single tests that pass without a fault
         self.results: list[Result] = []
         if path.exists():
             data = json.loads(path.read_text("utf-8"))
@@ -278,18 +283,16 @@ class Results:
         output.write_text(self.path, json.dumps(data, indent=1) + "\n")
 
 
-def check_sound(copy: Copy, names: tuple[str, ...], results: Results) -> None:
-    """Raises RuntimeError where tests fail without any fault: they would find everything."""
-    for name in names:
-        if name in results.sound:
-            continue
-        start = time.monotonic()
-        outcome, by = copy.test((name,), PATIENCE * copy.limit)
-        if outcome != SURVIVED:
-            raise RuntimeError(f"without a fault tests of {name} fail: {by}")
-        results.sound[name] = round(time.monotonic() - start, 1)
-        results.write()
-        logging.info("sound: %s, %.0f s", name, results.sound[name])
+def check_sound(copy: Copy, by: str, results: Results) -> None:
+    """Raises RuntimeError where the test that found a fault fails without it, too."""
+    if by in results.sound or not by.startswith("tests/"):
+        return
+    start = time.monotonic()
+    outcome, _ = copy.test(by, limit=PATIENCE * copy.limit)
+    if outcome != SURVIVED:
+        raise RuntimeError(f"without a fault {by} fails, too")
+    results.sound[by] = round(time.monotonic() - start, 1)
+    results.write()
 
 
 def main(_) -> None:
@@ -309,12 +312,13 @@ def main(_) -> None:
         for file, mutant in faults:
             if results.has(file, mutant):
                 continue
-            check_sound(copy, TESTS[file], results)
             start = time.monotonic()
             with copy.broken(file, mutant):
-                outcome, by = copy.test(TESTS[file])
+                outcome, by = copy.test(*(f"tests/test_{name}.py" for name in TESTS[file]))
             facts = (file, mutant.line, mutant.kind, mutant.before, mutant.after)
-            results.add(Result(*facts, outcome, round(time.monotonic() - start, 1), by))
+            seconds = round(time.monotonic() - start, 1)
+            check_sound(copy, by, results)
+            results.add(Result(*facts, outcome, seconds, by))
             logging.info("%s:%d %s: %s %s", file, mutant.line, mutant.kind, outcome, by)
 
 

@@ -115,13 +115,24 @@ def test_a_fault_is_found_or_survives_and_is_taken_back(checkout, tmp_path):
     copy = mutations.Copy(tmp_path, limit=60)
     source = (checkout / "longlive_jax" / "one.py").read_text()
     file = "longlive_jax/one.py"
-    assert copy.test(("one",)) == (mutations.SURVIVED, "")
+    assert copy.test("tests/test_one.py") == (mutations.SURVIVED, "")
     constant, plus = sorted(mutants.find(source), key=lambda mutant: mutant.kind)[::-1][:2]
     assert (constant.kind, plus.kind) == ("constant", "arithmetic")
     with copy.broken(file, constant):
-        assert copy.test(("one",)) == (mutations.FOUND, "tests/test_one.py::test_f")
+        assert copy.test("tests/test_one.py") == (mutations.FOUND, "tests/test_one.py::test_f")
     assert (copy.tree / file).read_text() == source
-    assert copy.test(("one",)) == (mutations.SURVIVED, "")
+    results = mutations.Results(tmp_path / "found.json", {file: source})
+    mutations.check_sound(copy, "tests/test_one.py::test_f", results)
+    assert list(results.sound) == ["tests/test_one.py::test_f"]
+    (copy.tree / file).write_text(constant.apply(source))
+    with pytest.raises(RuntimeError, match="test_f fails, too"):
+        mutations.check_sound(
+            copy,
+            "tests/test_one.py::test_f",
+            mutations.Results(tmp_path / "other.json", {file: source}),
+        )
+    (copy.tree / file).write_text(source)
+    assert copy.test("tests/test_one.py") == (mutations.SURVIVED, "")
 
 
 def test_results_go_on_where_they_were(tmp_path):
