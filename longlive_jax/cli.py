@@ -137,11 +137,22 @@ def dispatch(arguments: Sequence[str], load: Load) -> None:
         left = values(["longlive", *rest])[1:]
     except flags.Error as error:
         raise InputError(f"{error} (longlive {name} --help lists the flags)") from error
+    _check_once(values)
     if left:
         raise InputError(
             f'do not know what to do with "{left[0]}"; quote a prompt of several words'
         )
     COMMANDS[name].run(values, load)
+
+
+def _check_once(values: flags.FlagValues) -> None:
+    """Raises InputError for a flag that has one value and is there twice: which of them is meant
+    cannot be told.
+    """
+    for name in values:
+        flag = values[name]
+        if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+            raise InputError(f"--{name} has one value and is there {flag.present} times")
 
 
 def run(arguments: Sequence[str], load: Load = load_model) -> int:

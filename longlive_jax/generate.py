@@ -68,6 +68,8 @@ def _loaded(request: Request, load: Load) -> tuple[Any, Any]:
     from longlive_jax import saved
 
     session = saved.restore(request.resume, load=load)
+    if request.lora:
+        session.adapt(request.lora)
     session.model = session.model.streaming(**dict(request.stream))
     return session.model, session
 

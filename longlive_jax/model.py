@@ -31,6 +31,7 @@ from longlive_jax.config import ModelConfig, Precision, TAEConfig, VAEConfig, fo
 from longlive_jax.convert.table import NameMismatch, Pending
 from longlive_jax.dit.model import DiT, TextKV
 from longlive_jax.errors import InputError
+from longlive_jax.lora_files import Choice, LoraFile, listed
 from longlive_jax.opening import Pixels
 from longlive_jax.session import Session
 from longlive_jax.text import tokenizer
@@ -51,11 +52,13 @@ _WORDS |= {"vae_light": "light VAE", "vae_tae": "TAEHV decoder"}
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What `load` was asked for. precision: what `Model.quantized` made of it."""
+    """What `load` was asked for. lora: None is the folder's own, if it has one; () is none.
+    precision: what `Model.quantized` made of it.
+    """
 
     name: str
     vae: str = "full"
-    lora: str | None = None
+    lora: tuple[LoraFile, ...] | None = None
     weights_only: bool = False
     precision: Precision | None = None
 
@@ -63,7 +66,7 @@ class Origin:
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Weights and config. Everything that changes while a video is made is in a
-    `session.Session`.
+    `session.Session`. notes: what of a LoRA is left out.
     """
 
     config: ModelConfig
@@ -71,6 +74,7 @@ class Model:
     vae: VAE | TAE
     text: TextEncoder
     origin: Origin
+    notes: tuple[str, ...] = ()
 
     def session(
         self,
@@ -144,20 +148,21 @@ class Model:
         made_by = dataclasses.replace(self.origin, precision=precision)
         return dataclasses.replace(self, config=cfg, dit=dit, origin=made_by)
 
-    def adapted(self, lora: str | os.PathLike | None) -> Model:
-        """With a LoRA from a file beside the transformer's weights, in place of any that was there;
+    def adapted(self, lora: Choice) -> Model:
+        """With LoRAs from files beside the transformer's weights, in place of any that were there;
         or with none.
+
+        Args:
+          lora: A file; or several, each a path or a pair of a path and a strength. Their changes
+            are added up.
 
         Raises:
           InputError: there is no LoRA, or it is of another model.
         """
-        dit = loras.bare(self.dit)
-        if lora is not None:
-            dtype = dit.head.kernel[...].dtype
-            adapter = jax.tree.map(lambda x: jnp.array(x, dtype), loras.read(lora))
-            dit = loras.apply(dit, adapter)
-        origin = dataclasses.replace(self.origin, lora=None if lora is None else str(lora))
-        return dataclasses.replace(self, dit=dit, origin=origin)
+        files = listed(lora) or ()
+        dit, notes = _adapted(self.dit, files)
+        origin = dataclasses.replace(self.origin, lora=files)
+        return dataclasses.replace(self, dit=dit, origin=origin, notes=notes)
 
     def prompt_kv(self, prompts: Sequence[str]) -> TextKV:
         """Cross-attention keys and values of one prompt per video, the unconditional rows after
@@ -220,7 +225,7 @@ def load(
     dtype=None,
     sharding: Sharding | None = None,
     vae: str = "full",
-    lora: str | os.PathLike | None = None,
+    lora: Choice = None,
     weights_only: bool = False,
 ) -> Model:
     """The model that ships with the package ("tiny"), or one in a folder: config.json, weights,
@@ -229,14 +234,15 @@ def load(
     dtype: of the weights; None is float32 on a CPU and bfloat16 on an accelerator. sharding: where
     a parameter goes, of its part ("dit", "text", "vae"), path and shape; None is the default
     device. vae: "full", or the name of a faster decoder that the folder has ("light", "tae"). lora:
-    a LoRA file that is applied unmerged, in place of the folder's own `lora.safetensors`.
+    a LoRA file that is applied unmerged, in place of the folder's own `lora.safetensors`; or
+    several, each a path or a pair of a path and a strength, whose changes are added up.
     weights_only: what is multiplied with matrices in fewer bits stays as it is. Warns where a GPU
     only emulates what such a model says.
 
     Raises:
       InputError: there is no such model, or a part of it is missing or broken.
     """
-    folder = folder_of(name)
+    folder, files = folder_of(name), listed(lora)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     cfg = _products(folder, read_config(folder), weights_only)
@@ -247,12 +253,12 @@ def load(
         "text": lambda: UMT5(cfg.text, rngs=nnx.Rngs(0)),
         "vae": lambda: vaes.build(decoder, rngs=nnx.Rngs(0)),
     }
-    files = {"dit": "dit", "text": "text", "vae": "vae" if vae == "full" else f"vae_{vae}"}
-    _check_parts(folder, files)
+    stored = {"dit": "dit", "text": "text", "vae": "vae" if vae == "full" else f"vae_{vae}"}
+    _check_parts(folder, stored)
     parts = {}
     try:
         words = tokenizer.load(folder, cfg.dit.text_len)
-        for part, file in files.items():
+        for part, file in stored.items():
             where = sharding and functools.partial(sharding, part)
             tensors = weights.read(folder, file)
             abstract = nnx.eval_shape(build[part])
@@ -264,13 +270,23 @@ def load(
     except (ValueError, OSError) as error:
         raise InputError(f'the model in "{folder}" cannot be read: {error}') from error
     own = folder / "lora.safetensors"
-    if lora is not None or own.is_file():
-        adapter = loras.read(own if lora is None else lora)
-        adapter = jax.tree.map(lambda x: jnp.array(x, dtype), adapter)
-        parts["dit"] = loras.apply(parts["dit"], adapter)
+    chosen = (LoraFile(str(own)),) if files is None and own.is_file() else files or ()
+    dit, notes = _adapted(parts["dit"], chosen)
     text = TextEncoder(parts["text"], words, cfg.dit.text_len)
-    origin = Origin(str(name), vae, None if lora is None else str(lora), weights_only)
-    return Model(cfg, parts["dit"], parts["vae"], text, origin)
+    origin = Origin(str(name), vae, files, weights_only)
+    return Model(cfg, dit, parts["vae"], text, origin, notes)
+
+
+def _adapted(dit: DiT, files: Sequence[LoraFile]) -> tuple[DiT, tuple[str, ...]]:
+    """The transformer with these LoRAs alone, and what of them is left out."""
+    dit = loras.bare(dit)
+    shapes = {path: leaf.shape for path, leaf in weights.flatten(dit).items()}
+    lora = loras.read_all(files, shapes)
+    if lora is None:
+        return dit, ()
+    dtype = dit.head.kernel[...].dtype
+    a, b = ({path: jnp.array(x, dtype) for path, x in side.items()} for side in (lora.a, lora.b))
+    return loras.apply(dit, dataclasses.replace(lora, a=a, b=b)), lora.notes
 
 
 def _check(folder: pathlib.Path, cfg: ModelConfig, dtype: Any) -> None:

@@ -58,7 +58,7 @@ def begin(
         notes = (_listed(done, clip.note), note)
     if vae_device is not None:
         state = State(state.rollout, jax.device_put(state.carry, vae_device), text)
-    notes = tuple(filter(None, (*notes, model.prompt_note(prompt))))
+    notes = tuple(filter(None, (*model.notes, *notes, model.prompt_note(prompt))))
     frame = timeline.first_frame(cfg, position.latents)
     progress = Progress(model, position, frame, Past(history))
     choices = dict(given=given, vae_device=vae_device, notes=notes, seed=seed)

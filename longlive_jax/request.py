@@ -12,6 +12,7 @@ from longlive_jax import output, published, story
 from longlive_jax.config import folder_of
 from longlive_jax.errors import InputError
 from longlive_jax.events import Event, in_order
+from longlive_jax.lora_files import LoraFile
 from longlive_jax.story import Draft, Story
 
 
@@ -34,7 +35,7 @@ class Request:
     stream: tuple[tuple[str, Any], ...] = ()  # values in place of the model's `config.stream`
     resume: pathlib.Path | None = None  # a saved session to continue
     save: pathlib.Path | None = None  # where to save the session at the end
-    lora: pathlib.Path | None = None  # which `load` applies
+    lora: tuple[LoraFile, ...] = ()  # which `load` applies, or a resumed session adapts to
 
     def check(self) -> list[Draft]:
         """The videos to make, if it can be done as far as can be told without a model.
@@ -65,7 +66,7 @@ class Request:
         """Raises InputError for an output that would overwrite an input or another output."""
         inputs = [
             ("--model", folder_of(self.model)),
-            ("--lora", self.lora),
+            *(("--lora", pathlib.Path(file.path)) for file in self.lora),
             ("--script", self.script),
             ("--image", self.image),
             ("--video", self.video),

@@ -75,6 +75,7 @@ def read_facts(path: pathlib.Path) -> Facts:
     stream = data.get("stream")
     given = tuple(stream) if isinstance(stream, dict) else ()
     kept = {name: value for name, value in data.items() if name in known}
+    kept |= _of_one_lora(kept.get("model"))
     try:
         facts = fields.make(Facts, kept | {"given_stream": given})
         _check(facts)
@@ -82,6 +83,13 @@ def read_facts(path: pathlib.Path) -> Facts:
         said = f"{path.name}: {error}"
         raise InputError(f"the session in {folder} is broken: {said}") from error
     return facts
+
+
+def _of_one_lora(model: Any) -> dict[str, Any]:
+    """The model of a session of an earlier version, which had one LoRA without a strength."""
+    if not isinstance(model, dict) or not isinstance(model.get("lora"), str):
+        return {}
+    return {"model": model | {"lora": [{"path": model["lora"]}]}}
 
 
 def _check(facts: Facts) -> None:

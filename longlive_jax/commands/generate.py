@@ -12,6 +12,7 @@ from longlive_jax.commands.shared import (
     choosing,
     define_model,
     define_time,
+    loras_of,
     path_of,
     report_path,
 )
@@ -91,7 +92,7 @@ def run(values: flags.FlagValues, load: Load) -> None:
         stream=stream_choices(values),
         resume=path_of(values.resume),
         save=path_of(values["save-session"].value),
-        lora=path_of(values.lora),
+        lora=loras_of(values),
     )
     drafts = request.check()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 
-from longlive_jax.commands.shared import Load, check_file
+from longlive_jax.commands.shared import Load, define_lora, loras_of
 from longlive_jax.errors import InputError
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of `longlive merge-lora`."""
     flags.DEFINE_string("model", "tiny", "tiny, or a folder with weights", flag_values=values)
-    flags.DEFINE_string("lora", None, "the LoRA to merge", flag_values=values)
+    define_lora(values, "the LoRA to merge")
     flags.DEFINE_string("output", None, "the folder to write", flag_values=values)
     flags.DEFINE_float(
         "alpha", None, "by default what the LoRA says, or its rank", 0.0, flag_values=values
@@ -23,10 +25,14 @@ def run(values: flags.FlagValues, load: Load) -> None:
     from longlive_jax import request
 
     request.check_model(values.model)
-    check_file("--lora", values.lora)
+    files = loras_of(values)
+    if not files:
+        raise InputError("say which file: --lora FILE")
     if not values.output:
         raise InputError("say where to: --output FOLDER")
 
     from longlive_jax import merge_lora, model  # imports JAX
 
-    merge_lora.run(model.folder_of(values.model), values.lora, values.output, alpha=values.alpha)
+    notes = merge_lora.run(model.folder_of(values.model), files, values.output, alpha=values.alpha)
+    for note in notes:
+        sys.stderr.write(f"longlive: {note}\n")

@@ -12,9 +12,10 @@ from typing import Any
 
 from absl import flags
 
-from longlive_jax import backends, output, times
+from longlive_jax import backends, lora_files, output, times
 from longlive_jax.config import folder_of
 from longlive_jax.errors import InputError
+from longlive_jax.lora_files import LoraFile
 
 Load = Callable[..., Any]  # of a model's name, and the keywords of `longlive_jax.load`
 
@@ -51,7 +52,7 @@ def define_time(
 def define_model(values: flags.FlagValues) -> None:
     """Flags of every command that runs a model."""
     flags.DEFINE_string("model", "tiny", "tiny, or a folder with weights", flag_values=values)
-    flags.DEFINE_string("lora", None, "a LoRA to apply to the model", flag_values=values)
+    define_lora(values, "a LoRA to apply to the model")
     flags.DEFINE_enum(
         "vae",
         "full",
@@ -88,6 +89,17 @@ def define_model(values: flags.FlagValues) -> None:
     define_precision(values)
 
 
+def define_lora(values: flags.FlagValues, what: str) -> None:
+    """The flag that names LoRAs."""
+    words = f"{what}, FILE or FILE=STRENGTH; may be repeated, and all are added up"
+    flags.DEFINE_multi_string("lora", [], words, flag_values=values)
+
+
+def loras_of(values: flags.FlagValues) -> tuple[LoraFile, ...]:
+    """What `--lora` names. Raises InputError where a file is missing, or a strength is wrong."""
+    return tuple(map(lora_files.parse, values.lora))
+
+
 def define_precision(values: flags.FlagValues) -> None:
     """Flags of what is kept in fewer bits."""
     flags.DEFINE_enum(
@@ -121,9 +133,8 @@ def define_precision(values: flags.FlagValues) -> None:
 
 def choosing(load: Load, values: flags.FlagValues) -> Load:
     """`load` with what `define_model`'s flags choose."""
-    if values.lora is not None:
-        check_file("--lora", values.lora)
-        load = functools.partial(load, lora=pathlib.Path(values.lora))
+    if loras := loras_of(values):
+        load = functools.partial(load, lora=loras)
     if values.vae != "full":
         load = functools.partial(load, vae=values.vae)
     if values.weights_only and not values.precision:
@@ -171,7 +182,7 @@ def check_report(
     if "model" in values:
         read.append(("--model", folder_of(values.model)))
     if "lora" in values:
-        read.append(("--lora", path_of(values.lora)))
+        read += [("--lora", pathlib.Path(file.path)) for file in loras_of(values)]
     output.check_apart(read, [("--json", target)])
     output.check_report(target)
     return target

@@ -31,7 +31,7 @@ from longlive_jax.config import (
     TextConfig,
     VAEConfig,
 )
-from longlive_jax.convert import light, nvfp4, scaled, tae, umt5, wan_dit, wan_vae
+from longlive_jax.convert import light, lora_names, nvfp4, scaled, tae, umt5, wan_dit, wan_vae
 from longlive_jax.convert.source import (
     ENGINE,
     Checkpoint,
@@ -54,7 +54,6 @@ _LIGHT = ("vae_light", "vae_tae")
 _BESIDE = ("*lightvae*", "*tae*", LORAS["pytorch"])
 _PICKLES = ("*vae*", "models_t5*", *_BESIDE)  # of which these belong to a model
 # What LoRA tools write beside pairs of matrices.
-_OF_LORAS = ("lora", "lokr_", "hada_", ".alpha", ".diff", ".dora_scale", ".rank")
 _STAGES = ("high_noise_model", "low_noise_model")  # Wan2.2-A14B
 # Parts of a name that a training adds: FSDP, activation checkpointing, torch.compile, DataParallel.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
@@ -256,8 +255,8 @@ def _section(
     hints: Mapping[str, Any] | None,
 ) -> Source:
     tensors, plain = _unwrap(path, wrapped)
-    if any(part in name for name in tensors for part in _OF_LORAS[:3]):
-        if other := [name for name in tensors if not any(part in name for part in _OF_LORAS)]:
+    if any("lora" in name or lora_names.place(name) for name in tensors):
+        if other := [n for n in tensors if "lora" not in n and not lora_names.place(n)]:
             raise InputError(f"{path} mixes a LoRA with other tensors: {_listed(other)}")
         return Source((), lora=path)
     words = None

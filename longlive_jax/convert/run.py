@@ -23,6 +23,7 @@ from longlive_jax.convert.table import NameMismatch, Pending, Row
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import InputError
 from longlive_jax.flow import TRAIN_STEPS
+from longlive_jax.lora_files import LoraFile
 from longlive_jax.quant import files, transformer
 from longlive_jax.text.umt5 import UMT5
 from longlive_jax.vae import build as vaes
@@ -95,6 +96,7 @@ def convert(
     dit = parts.get("dit")
     notes = tuple(note for source in sources for note in source.notes)
     notes += tuple(part.note for part in parts.values() if part.note)
+    notes += () if adapter is None else adapter.notes
     if layout == "longlive" and dit is not None and dit.plain and adapter is None:
         notes += (_PLAIN.format(path=dit.path, steps=cfg.sampler.steps),)
     if precision is not None and dit.packed is not None:
@@ -281,10 +283,10 @@ def _lora(sources: Sequence[Source], dit: DiT | None) -> lora.Lora | None:
             path = source.lora
     if path is None:
         return None
-    adapter = lora.read(path)
-    if dit is not None:
-        lora.check(adapter, {path: leaf.shape for path, leaf in weights.flatten(dit).items()})
-    return adapter
+    if dit is None:
+        return lora.read(path)
+    shapes = {name: leaf.shape for name, leaf in weights.flatten(dit).items()}
+    return lora.read_all((LoraFile(str(path)),), shapes)
 
 
 def _write_rest(

@@ -13,7 +13,7 @@ from longlive_jax.config import Precision
 from longlive_jax.convert.lora import LINEARS
 from longlive_jax.dit.model import DiT
 from longlive_jax.errors import EmulationWarning, InputError
-from longlive_jax.lora import LowRank
+from longlive_jax.lora import Changed, LowRank
 from longlive_jax.quant import kernels
 
 SUFFIX = ".kernel"
@@ -85,4 +85,6 @@ def _made(leaf, kind: str, how: Precision):
         )
     if isinstance(leaf, LowRank):
         return LowRank(kernels.make(leaf.kernel, kind, how), leaf.a, leaf.b, leaf.scale)
+    if isinstance(leaf, Changed):
+        return Changed(*(kernels.make(x, kind, how) for x in (leaf.bare, leaf.value)))
     return kernels.make(leaf, kind, how)
