@@ -422,7 +422,7 @@ def _made(parts: Parts) -> Lora:
         count = len(parts.skipped)
         what = f"{count} tensor{'s' if count > 1 else ''}"
         notes = (
-            f"{what} of modules that only an image-to-video model has skipped:"
+            f"skipped {what} of modules that only an image-to-video model has:"
             f" {some(parts.skipped)}",
         )
     return Lora(parts.a, parts.b, parts.alpha, parts.scales, parts.changes, notes)

@@ -13,9 +13,6 @@ from longlive_jax.errors import InputError
 
 LARGEST = 3.4e38  # of a strength, which is kept in float32
 
-# A file; or several, each a path or a pair of a path and a strength.
-Choice = str | os.PathLike | Sequence[Any] | None
-
 
 @dataclasses.dataclass(frozen=True)
 class LoraFile:
@@ -37,6 +34,10 @@ class LoraFile:
             )
         if not os.path.exists(self.path):
             raise InputError(f'there is no "{self.path}"')
+
+
+# A file; or several, each a path or a pair of a path and a strength.
+Choice = str | os.PathLike | LoraFile | Sequence[Any] | None
 
 
 def parse(text: str) -> LoraFile:
@@ -70,7 +71,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def listed(lora: Choice) -> tuple[LoraFile, ...] | None:
+def listed(lora: Any) -> tuple[LoraFile, ...] | None:
     """The LoRAs of a choice in Python, in order; None where nothing is chosen.
 
     Args:
