@@ -230,7 +230,7 @@ def check(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise InputError(f"the LoRA is of another model: {path} is {there} there, {here} here")
 
 
-def together(adapters: Sequence[tuple[Lora, float]]) -> Lora:
+def together(adapters: Sequence[tuple[Lora, float | int]]) -> Lora:
     """One LoRA that is the sum of several of one model, each times its strength."""
     if len(adapters) == 1 and adapters[0][1] == 1:
         return adapters[0][0]

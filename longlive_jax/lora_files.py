@@ -24,7 +24,7 @@ class LoraFile:
     """
 
     path: str
-    strength: float = 1.0
+    strength: float | int = 1.0
 
     def check(self) -> None:
         """Raises InputError where there is no such file, or the strength is no finite number."""
