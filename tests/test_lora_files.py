@@ -287,7 +287,7 @@ def test_what_peft_says_of_alpha(tmp_path, rslora, prefix):
     tensors, changes = {}, {}
     for module, (a, b) in pairs().items():
         rank = 4 if module.endswith("ffn.2") else 2
-        a, b = np.concatenate([a, a])[:rank], np.concatenate([b, b], 1)[:, :rank]
+        a, b = np.concatenate([a, a])[:rank], np.concatenate([b, b], 1)[:, :rank].copy()
         names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
         tensors |= dict(zip(names, (a, b), strict=True))
         alpha = {"blocks.1.ffn.2": 1}.get(module, 3 if module.endswith("self_attn.q") else 6)

@@ -57,6 +57,8 @@ def _layers() -> dict[str, Layer]:
     found: dict[str, Layer] = {}
     for rows in zip(*(table(cfg) for table in _TABLES), strict=True):
         row = rows[0]
+        if row.merge:  # the number of channels does depend on it
+            row = dataclasses.replace(row, merge=(*row.merge[:-1], -1))
         leaf = row.source.rpartition(".")[2]
         ending = f".{leaf}" if leaf in ("weight", "bias") else ""
         names = tuple(r.source.removesuffix(ending) for r in rows)
