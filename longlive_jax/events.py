@@ -9,6 +9,14 @@ from longlive_jax import times
 from longlive_jax.errors import InputError
 
 MODES = ("recache", "keep", "reset")
+
+
+def check_mode(mode: str) -> None:
+    """Raises InputError for what is no mode of a switch."""
+    if mode not in MODES:
+        raise InputError(f'there is no mode "{mode}" of a switch: say {", ".join(MODES)}')
+
+
 CUT_PREFIX = "The scene transitions. "  # before the prompt of a new shot; LongLive 2.0 section 4.2
 
 

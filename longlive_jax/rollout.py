@@ -394,6 +394,33 @@ def forget(rollout: Rollout, which: Bool[Array, " b"]) -> Rollout:
     )
 
 
+def switched(
+    dit: DiT,
+    rollout: Rollout,
+    text: TextKV,
+    mode: str,
+    *,
+    stream: StreamConfig,
+    begun: bool,
+    how: Recache | None = None,
+) -> Rollout:
+    """One video's memory after a switch of the prompt or of the weights.
+
+    Args:
+      dit: That goes on with it.
+      rollout: The memory as it was made.
+      text: Of the prompt that it is re-read under.
+      mode: "recache" re-reads the window, "keep" leaves it, "reset" empties it.
+      stream: How the model streams.
+      begun: Whether there is something to re-read.
+      how: The form of the recache; None is the model's own.
+    """
+    everyone = jnp.ones(1, bool)
+    if mode == "recache" and begun:
+        return recache(dit, rollout, text, everyone, stream=stream, how=how or stream.recache)
+    return forget(rollout, everyone) if mode == "reset" else rollout
+
+
 @jax.jit
 def finite(latents: Latents) -> Bool[Array, " b"]:
     """Return whether the latents of each video are finite: neither NaN nor infinity."""

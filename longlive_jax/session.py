@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from longlive_jax import arguments, interrupts, rollout, timeline
 from longlive_jax.config import Recache
-from longlive_jax.errors import InputError, SessionError, first_line
-from longlive_jax.events import CUT_PREFIX, MODES, Event, in_order
+from longlive_jax.errors import SessionError, first_line
+from longlive_jax.events import CUT_PREFIX, Event, check_mode, in_order
 from longlive_jax.lora_files import Choice
 from longlive_jax.progress import (
     Arrived,
@@ -34,18 +34,16 @@ from longlive_jax.progress import (
     Lock,
     PendingChunk,
     Place,
-    Position,
     Progress,
     Receipt,
     State,
 )
-from longlive_jax.rollout import Latents, Rollout
+from longlive_jax.rollout import Latents
 from longlive_jax.sampler import Solver
 from longlive_jax.undo import Undo
 from longlive_jax.vae.vae import VAECarry
 
 if TYPE_CHECKING:
-    from longlive_jax.dit.model import TextKV
     from longlive_jax.model import Model
 
 __all__ = ["Chunk", "Receipt", "Session", "State"]
@@ -380,24 +378,22 @@ class Session:
           InputError: the prompt is empty, or there is no such mode.
         """
         prompt = self._checked(prompt)
-        _check_mode(mode)
+        check_mode(mode)
         if f"{prompt} ".startswith(CUT_PREFIX):
             return self.cut(prompt)
         with self._held() as place:
             progress, state = place.progress, place.state()
             position, model = progress.position, progress.model
-            text, whole = model.prompt_kv([prompt]), prompt
-            upcoming = text
-            if position.opens_shot:  # the cut is still to come, with its prefix
-                whole = CUT_PREFIX + prompt
-                upcoming = model.prompt_kv([whole])
-            undo = Undo.of_memory if mode == "recache" else Undo.of_labels
-            past = progress.past.remember(position, lambda: undo(state))
-            memory = _reread(model, position, state.rollout, text, mode, how)
+            whole = CUT_PREFIX + prompt if position.opens_shot else prompt  # of a cut to come
+            text = model.prompt_kv([prompt])
+            upcoming = model.prompt_kv([whole]) if position.opens_shot else text
+            past = progress.past.remember(position, lambda: Undo.of_switch(state, mode))
+            choices = dict(stream=model.config.stream, how=how, begun=position.latents > 0)
+            memory = rollout.switched(model.dit, state.rollout, text, mode, **choices)
             receipt = Receipt("switch", mode, prompt, progress.upcoming)
             state = dataclasses.replace(state, rollout=memory, text=upcoming)
             place.commit(progress.changed(receipt, whole, past), state)
-            self._take_note(model, whole)
+            self._take_notes(model.prompt_note(whole))
             return receipt
 
     def cut(self, prompt: str) -> Receipt:
@@ -421,27 +417,22 @@ class Session:
             receipt = Receipt("cut", "keep", prompt, progress.upcoming)
             state = dataclasses.replace(state, rollout=memory, text=text)
             place.commit(progress.changed(receipt, whole, past), state)
-            self._take_note(progress.model, whole)
+            self._take_notes(progress.model.prompt_note(whole))
             return receipt
 
     def adapt(self, lora: Choice, mode: str = "keep") -> None:
-        """Other LoRAs beside the model's weights from the next chunk on, or none. The first LoRAs
-        of some ranks are compiled for; others of these ranks, and other strengths, take their place
-        at once. `rewind` does not bring back the ones before.
+        """Other LoRAs beside the model's weights from the next chunk on, or none. Others of the same
+        ranks, and other strengths, need no compiling. `rewind` does not bring the old ones back.
 
         Args:
-          lora: A file; or several, each a path or a pair of a path and a strength. They take the
-            place of all that were there.
-          mode: What becomes of the memory, as in `switch`: "keep" leaves it as it was made, so that
-            the picture changes over the length of the window; "recache" re-reads the window with
-            the new weights; "reset" empties it.
+          lora: A file; or several, each a path or a pair of a path and a strength.
+          mode: As in `switch`; "keep" leaves the memory as the old weights made it.
 
         Raises:
           SessionError: the session is closed, or shares its model with a batch.
           InputError: there is no such mode, no LoRA in a file, or one of another model.
         """
-        self._check_open()
-        _check_mode(mode)
+        check_mode(mode)
         while True:
             with self._held():
                 self._check_alone()
@@ -452,16 +443,16 @@ class Session:
                 progress, state = place.progress, place.state()
                 if progress.model is not before:
                     continue
-                position, past = progress.position, progress.past
-                if mode != "keep":
-                    undo = Undo.of_memory if mode == "recache" else Undo.of_labels
-                    past = past.remember(position, functools.partial(undo, state))
-                shown = model.prompt_kv([position.prompt])
-                memory = _reread(model, position, state.rollout, shown, mode)
-                text = model.prompt_kv([position.whole])
-                state = dataclasses.replace(state, rollout=memory, text=text)
+                position = progress.position
+                past = progress.past.remember(
+                    position, functools.partial(Undo.of_switch, state, mode)
+                )
+                text, upcoming = (model.prompt_kv([x]) for x in (position.prompt, position.whole))
+                choices = dict(stream=model.config.stream, begun=position.latents > 0)
+                memory = rollout.switched(model.dit, state.rollout, text, mode, **choices)
+                state = dataclasses.replace(state, rollout=memory, text=upcoming)
                 place.commit(dataclasses.replace(progress, model=model, past=past), state)
-                self._take_notes(model.notes)
+                self._take_notes(*model.notes)
                 return
 
     def prepare(self, *modes: str) -> Session:
@@ -554,13 +545,8 @@ class Session:
             self._place = ClosedState(place.progress.closed())
             place.leave()
 
-    def _take_note(self, model: Model, prompt: str) -> None:
-        """Adds what the model does not read of a prompt to the notes, once."""
-        self._take_notes((model.prompt_note(prompt),))
-
-    def _take_notes(self, notes: Sequence[str]) -> None:
-        new = tuple(note for note in notes if note and note not in self.notes)
-        self.notes = (*self.notes, *new)
+    def _take_notes(self, *new: str) -> None:
+        self.notes = tuple(dict.fromkeys(filter(None, (*self.notes, *new))))
 
     def _checked(self, prompt: str) -> str:
         self._check_open()
@@ -614,35 +600,3 @@ class Session:
             self._place = ClosedState(place.progress.closed())
             place.leave()
             raise SessionError(f"the session is lost and closed: {first_line(error)}") from error
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise InputError(f'there is no mode "{mode}" of a switch: say {", ".join(MODES)}')
-
-
-def _reread(
-    model: Model,
-    position: Position,
-    memory: Rollout,
-    text: TextKV,
-    mode: str,
-    how: Recache | None = None,
-) -> Rollout:
-    """What becomes of the memory under another prompt, or with other weights.
-
-    Args:
-      model: That goes on with it.
-      position: How far the video is.
-      memory: As it was made.
-      text: Of the prompt that it is re-read under.
-      mode: "recache", "keep" or "reset".
-      how: The form of the recache; None is the model's own.
-    """
-    if mode == "recache" and position.latents:
-        stream = model.config.stream
-        choices = dict(stream=stream, how=how or stream.recache)
-        return rollout.recache(model.dit, memory, text, jnp.ones(1, bool), **choices)
-    if mode == "reset":
-        return rollout.forget(memory, jnp.ones(1, bool))
-    return memory

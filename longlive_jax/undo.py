@@ -61,6 +61,11 @@ class Undo:
         return cls._take(memory, jnp.zeros((rows, 0), jnp.int32), jnp.zeros((batch, 0), jnp.int32))
 
     @classmethod
+    def of_switch(cls, state: State, mode: str) -> Undo:
+        """Before a switch of that mode."""
+        return cls.of_memory(state) if mode == "recache" else cls.of_labels(state)
+
+    @classmethod
     def _take(cls, memory: Rollout, taken: Array, held: Array, carry: Any = None) -> Undo:
         bulk, parts = _gather(memory, taken, held), dict(cache=memory.cache, held=memory.held)
         labels = {name: _labels(part) for name, part in (parts | dict(rollout=memory)).items()}
