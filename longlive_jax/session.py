@@ -11,7 +11,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -421,8 +420,8 @@ class Session:
             return receipt
 
     def adapt(self, lora: Choice, mode: str = "keep") -> None:
-        """Other LoRAs beside the model's weights from the next chunk on, or none. Others of the same
-        ranks, and other strengths, need no compiling. `rewind` does not bring the old ones back.
+        """Other LoRAs beside the weights from the next chunk on, or none. Those of the same ranks,
+        and other strengths, need no compiling. `rewind` does not bring the old ones back.
 
         Args:
           lora: A file; or several, each a path or a pair of a path and a strength.
@@ -444,9 +443,7 @@ class Session:
                 if progress.model is not before:
                     continue
                 position = progress.position
-                past = progress.past.remember(
-                    position, functools.partial(Undo.of_switch, state, mode)
-                )
+                past = progress.past.remember(position, lambda s=state: Undo.of_switch(s, mode))
                 text, upcoming = (model.prompt_kv([x]) for x in (position.prompt, position.whole))
                 choices = dict(stream=model.config.stream, begun=position.latents > 0)
                 memory = rollout.switched(model.dit, state.rollout, text, mode, **choices)
