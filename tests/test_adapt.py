@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import longlive_jax
-from longlive_jax import cli, generate, lora, saved
+from longlive_jax import cli, generate, lora, saved, weights
 from longlive_jax.batch import Batch
 from longlive_jax.bench import CompileClock
+from longlive_jax.config import folder_of
 from longlive_jax.errors import InputError, SessionError
 from longlive_jax.lora_files import LoraFile
 from longlive_jax.session import Session
@@ -117,6 +118,21 @@ def test_what_is_left_out_is_noted(tiny, adapters, tmp_path):
     session.adapt(path)
     for notes in (session.notes, longlive_jax.load("tiny", lora=path).session(RED).notes):
         assert [note for note in notes if note.startswith(said)] == [said + ", ".join(names)]
+
+
+def test_merge_lora_adds_several(adapters, tmp_path):
+    files = [f"{adapters}/one.safetensors=0.5", f"{adapters}/two.safetensors=-0.25"]
+    flags = [f"--lora={file}" for file in files]
+    assert cli.run(["merge-lora", *flags, f"--output={tmp_path}/merged"]) == 0
+    before, after = (weights.read(f, "dit") for f in (folder_of("tiny"), tmp_path / "merged"))
+    one, two = (lora.read(adapters / f"{name}.safetensors") for name in ("one", "two"))
+    for path in before:
+        old, linear = np.float32(before[path]), path.removesuffix(".kernel")
+        if path != linear and linear in one.a:
+            parts = ((s, x.a[linear], x.b[linear]) for s, x in ((0.5, one), (-0.25, two)))
+            old += sum(s * np.einsum("lri,lor->lio", a, b) for s, a, b in parts)
+            assert np.abs(old - np.float32(before[path])).max() > 1e-3
+        np.testing.assert_allclose(np.float32(after[path]), old, rtol=1e-2, atol=1e-6)
 
 
 def test_a_session_of_a_version_with_one_lora_is_read(tiny, adapters, tmp_path):
