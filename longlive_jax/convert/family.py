@@ -53,7 +53,6 @@ _FIRST = (".safetensors", ".json", ".bin")  # these are opened before those of P
 _LIGHT = ("vae_light", "vae_tae")
 _BESIDE = ("*lightvae*", "*tae*", LORAS["pytorch"])
 _PICKLES = ("*vae*", "models_t5*", *_BESIDE)  # of which these belong to a model
-# What LoRA tools write beside pairs of matrices.
 _STAGES = ("high_noise_model", "low_noise_model")  # Wan2.2-A14B
 # Parts of a name that a training adds: FSDP, activation checkpointing, torch.compile, DataParallel.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
