@@ -65,7 +65,10 @@ def opened(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
     """
     try:
         with open(_regular(path), "rb") as file:
-            _check_start(path, file.read(HEAD))
+            head = file.read(HEAD)
+            if not head:
+                raise InputError(f"{path} is empty")
+            _check_start(path, head)
             file.seek(0)
             choices = dict(container_options=OPTIONS, options=LIMITS, io_open=_Refused(path))
             with av.open(_Unnamed(file), **choices, **LENIENT) as container:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from longlive_jax import interrupts, output
+from longlive_jax.clips import Footage, footage
 from longlive_jax.config import ModelConfig
 from longlive_jax.data import folder, montage
-from longlive_jax.data.folder import Footage, Sample
+from longlive_jax.data.folder import Sample
 from longlive_jax.errors import InputError
 from longlive_jax.plan import PRESETS
 from longlive_jax.version import __version__
@@ -117,7 +118,7 @@ def _look(root: pathlib.Path, sample: Sample, config: ModelConfig) -> _Seen:
     for number, video in enumerate(captioned):
         chunk = lengths[min(number, 1)]
         try:
-            shot, clip = folder.footage(video), folder.clip(video, "")
+            shot, clip = footage(video), folder.clip(video, "")
             folder.read(video, sorted({0, clip.frames - 1}), config.height, config.width)
         except InputError as error:
             mend = "encode it anew, or remove it and its caption"

@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from typing import Any
 
-import av
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from longlive_jax import documents
+from longlive_jax.clips import footage
+from longlive_jax.clips import read as read_frames
 from longlive_jax.data.montage import Clip, MontageConfig, Plan
 from longlive_jax.errors import InputError
-from longlive_jax.media import fit, open_video, turn_of
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
-REMEMBERED = 1024  # files whose frames' times are kept: 8 bytes a frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,53 +99,6 @@ def caption(file: pathlib.Path) -> str:
     return said.strip()
 
 
-@dataclasses.dataclass(frozen=True)
-class Footage:
-    """What a video file holds."""
-
-    height: int
-    width: int
-    fps: Fraction
-    times: Int[np.ndarray, " t"]  # of its frames, rising, in the units of the file
-
-    @property
-    def seconds(self) -> float:
-        return float(len(self.times) / self.fps)
-
-
-def footage(path: pathlib.Path) -> Footage:
-    """Counts the frames of a video file without decoding them.
-
-    Raises:
-      InputError: the file cannot be read, is damaged or cut short, or holds no video.
-    """
-    with reading(path):
-        stat = os.stat(path)
-    return _footage(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(REMEMBERED)
-def _footage(path: pathlib.Path, size: int, changed: int) -> Footage:
-    del size, changed  # they are there to tell files apart
-    with open_video(path, "video") as (container, stream):
-        # Packets go as they come: together they are the whole file.
-        found = [(_time(p), p.is_discard) for p in container.demux(stream) if p.size]
-        times = [time for time, dropped in found if not dropped]
-        if stream.frames > len(found):
-            raise InputError(
-                f"{path} is cut short: {len(found)} of its {stream.frames} frames are there"
-            )
-        if not times or None in times or not stream.average_rate:
-            raise InputError(f"{path} holds no video, or does not say when its frames are shown")
-        coded = stream.codec_context
-        rate = Fraction(stream.average_rate)
-        return Footage(coded.height, coded.width, rate, np.sort(np.array(times, np.int64)))
-
-
-def _time(shown: av.Packet | av.VideoFrame) -> int | None:
-    return shown.dts if shown.pts is None else shown.pts
-
-
 def clips(sample: Sample) -> list[Clip]:
     """The shots that have a caption, in order.
 
@@ -174,57 +122,12 @@ def clip(video: pathlib.Path, prompt: str) -> Clip:
 def read(
     path: pathlib.Path, indices: Sequence[int], height: int, width: int
 ) -> UInt8[np.ndarray, "t height width 3"]:
-    """Frames of a file by their numbers, which never fall; fitted as `media.read_clip` does.
-
-    Only what lies between the key frame before the first of them and the last is decoded.
+    """Frames of a file by their numbers, which never fall: see `longlive_jax.clips.read`.
 
     Raises:
       InputError: the file cannot be read, is damaged, or lacks one of the frames.
     """
-    times = footage(path).times
-    if not 0 <= indices[0] <= indices[-1] < len(times):
-        raise InputError(f"{path} has {len(times)} frames, not frame {indices[-1]}")
-    frames = np.empty((len(indices), height, width, 3), np.uint8)
-    done = 0
-    with open_video(path, "video") as (container, stream):
-        turn, pixel = None, Fraction(stream.sample_aspect_ratio or 1)
-        for number, frame in _numbered(container, stream, times, indices[0]):
-            if number < indices[done]:
-                continue
-            if number > indices[done] or frame.is_corrupt:
-                break
-            turn = turn_of(frame) if turn is None else turn
-            pixels, _ = fit(frame, str(path), height, width, turn, pixel)
-            while done < len(indices) and indices[done] == number:
-                frames[done] = pixels
-                done += 1
-            if done == len(indices):
-                return frames
-    raise InputError(f"{path} is damaged at frame {indices[done]}")
-
-
-def _numbered(
-    container: Any, stream: Any, times: np.ndarray, first: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Frames and their numbers, from one at or before `first` on."""
-    decoded = _timed(container, stream)
-    # A key frame may be decoded before the instant sought and shown after it.
-    for origin in (times[first], times[0]) if first else ():
-        container.seek(int(origin), stream=stream)
-        decoded = _timed(container, stream)
-        opening = next(decoded, None)
-        if opening is not None and opening[0] <= times[first]:
-            decoded = itertools.chain([opening], decoded)
-            break
-    for time, frame in decoded:
-        yield int(np.searchsorted(times, time)), frame
-
-
-def _timed(container: Any, stream: Any) -> Iterator[tuple[int, av.VideoFrame]]:
-    for frame in container.decode(stream):
-        time = _time(frame)
-        if time is not None:
-            yield time, frame
+    return read_frames(path, indices, height, width)[0]
 
 
 def frames(

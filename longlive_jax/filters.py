@@ -1,0 +1,181 @@
+"""FFmpeg's filters on decoded frames: which way up, deinterlaced, HDR and wide colours to BT.709.
+
+The graphs hold nothing but filters that every build of FFmpeg has; none of them opens a file.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Iterator
+
+import av
+import av.filter
+import numpy as np
+from av.sidedata.sidedata import Type as SideData
+
+Turn = tuple[bool, bool, bool]  # transpose, then reverse the columns, then the rows
+
+# Numbers of ITU-T H.273, and what FFmpeg's filters call them.
+HDR = {16: "smpte2084", 18: "arib-std-b67"}  # transfer characteristics
+HDR_NAMES = {16: "PQ", 18: "HLG"}
+WIDE = {9: "bt2020", 11: "smpte431", 12: "smpte432"}  # colour primaries
+WIDE_NAMES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
+
+DIFFUSE_WHITE = 203  # cd/m2 (ITU-R BT.2408), which becomes almost the white of SDR
+KNEE = 0.8  # of diffuse white: darker light is kept as it is, brighter light is compressed
+# Constants of PQ (SMPTE ST 2084), for the expressions of `lutrgb`.
+_PQ = {"m1": 2610 / 16384, "m2": 2523 / 32, "c1": 3424 / 4096, "c2": 2413 / 128, "c3": 2392 / 128}
+
+
+def chain(frame: av.VideoFrame, *steps: tuple[str, str]) -> av.filter.Graph:
+    """Return a configured graph of filters in a row for frames like this one.
+
+    steps: (name, arguments) of each filter.
+    """
+    graph = av.filter.Graph()
+    nodes = [_source(graph, frame), *(graph.add(*step) for step in steps)]
+    graph.link_nodes(*nodes, graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _source(graph: av.filter.Graph, frame: av.VideoFrame) -> av.filter.context.FilterContext:
+    return graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+    )
+
+
+def turn_of(frame: av.VideoFrame) -> Turn:
+    """What makes it upright, mirrored or not, by its display matrix."""
+    # PyAV reads no side data at all where there is a kind that it does not know, such as EXIF.
+    unknown = set(range(64)) - {kind.value for kind in SideData}
+    graph = chain(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in unknown))
+    graph.push(frame)
+    matrix = graph.pull().side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return (False, False, False)
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = ax + cy, y' = bx + dy
+    return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
+
+
+def merge_alpha(colour: av.VideoFrame, alpha: av.VideoFrame) -> av.VideoFrame:
+    """Return the frame with the grey values of another one as its alpha."""
+    graph = av.filter.Graph()
+    merge, sink = graph.add("alphamerge"), graph.add("buffersink")
+    sources = [_source(graph, colour), _source(graph, alpha)]
+    for place, source in enumerate(sources):
+        source.link_to(merge, 0, place)
+    merge.link_to(sink)
+    graph.configure()
+    for source, frame in zip(sources, (colour, alpha), strict=True):
+        source.push(frame)
+        source.push(None)
+    merged = graph.pull()
+    merged.colorspace, merged.color_range = colour.colorspace, colour.color_range
+    return merged
+
+
+Numbered = tuple[int, av.VideoFrame]
+Deinterlaced = tuple[int, av.VideoFrame, bool]  # whether the filter made it out of fields
+
+
+def deinterlace(frames: Iterable[Numbered]) -> Iterator[Deinterlaced]:
+    """Deinterlace what is flagged as interlaced; pass the rest on as it is.
+
+    From the first such frame on all go through `bwdif`, which looks one frame back and one ahead.
+    """
+    before: Numbered | None = None
+    graph, shape = None, None
+    waiting: collections.deque[tuple[int, bool]] = collections.deque()
+    for number, frame in frames:
+        like = (frame.width, frame.height, frame.format.name)
+        if graph is not None and like != shape:
+            yield from _finished(graph, waiting)
+            graph = before = None
+        if graph is None and frame.interlaced_frame:
+            graph, shape = chain(frame, ("bwdif", "mode=send_frame:deint=interlaced")), like
+            if before is not None and _like(before[1]) == like:
+                graph.push(before[1])
+                waiting.append((-1, False))  # it was passed on already
+        if graph is None:
+            before = (number, frame)
+            yield number, frame, False
+            continue
+        graph.push(frame)
+        waiting.append((number, frame.interlaced_frame))
+        yield from _ready(graph, waiting)
+    if graph is not None:
+        yield from _finished(graph, waiting)
+
+
+def _like(frame: av.VideoFrame) -> tuple[int, int, str]:
+    return frame.width, frame.height, frame.format.name
+
+
+def _ready(
+    graph: av.filter.Graph, waiting: collections.deque[tuple[int, bool]]
+) -> Iterator[Deinterlaced]:
+    while waiting:
+        try:
+            frame = graph.pull()
+        except (av.BlockingIOError, av.EOFError):
+            return
+        number, changed = waiting.popleft()
+        if number >= 0:
+            yield number, frame, changed
+
+
+def _finished(
+    graph: av.filter.Graph, waiting: collections.deque[tuple[int, bool]]
+) -> Iterator[Deinterlaced]:
+    graph.push(None)
+    yield from _ready(graph, waiting)
+    waiting.clear()
+
+
+def is_wide(transfer: int, primaries: int) -> bool:
+    """Return whether light or colours, by their numbers in H.273, are not those of BT.709."""
+    return transfer in HDR or primaries in WIDE
+
+
+def to_bt709(frame: av.VideoFrame, transfer: int, primaries: int) -> tuple[av.VideoFrame, str]:
+    """Bring RGB of HDR or of wide primaries to BT.709, and say what was done.
+
+    HDR light is first tone-mapped, each channel by itself: up to `KNEE` of diffuse white it is kept
+    as it is, and what is brighter approaches that white, so that highlights keep their shape.
+
+    Args:
+      frame: In gbrp16le.
+      transfer: Number of its transfer characteristics in H.273.
+      primaries: Of its primaries; where HDR does not say, they are those of BT.2020.
+    """
+    wide = WIDE.get(primaries, "bt2020" if transfer in HDR else "bt709")
+    curve = HDR.get(transfer, "bt709")
+    tags = f"color_primaries={wide}:color_trc={curve}:colorspace=gbr:range=pc"
+    steps = [("setparams", tags)]
+    if curve == "arib-std-b67":
+        steps += [("scale", "out_transfer=smpte2084:intent=relative_colorimetric")]
+        steps += [("format", "pix_fmts=gbrp16le")]
+    if transfer in HDR:
+        tone = _tone_curve()
+        steps += [("lutrgb", f"r='{tone}':g='{tone}':b='{tone}'")]
+    target = "out_transfer=bt709:out_primaries=bt709:intent=relative_colorimetric"
+    steps += [("scale", target), ("format", "pix_fmts=gbrp")]
+    graph = chain(frame, *steps)
+    graph.push(frame)
+    mapped = graph.pull()
+    if transfer in HDR:
+        return mapped, f"HDR ({HDR_NAMES[transfer]}) tone-mapped to SDR"
+    return mapped, f"colours of {WIDE_NAMES[primaries]} brought to BT.709"
+
+
+def _tone_curve() -> str:
+    """Return the expression of `lutrgb` that tone-maps values of PQ, as values of PQ."""
+    power = "pow(val/maxval, 1/{m2})".format(**_PQ)
+    linear = f"pow(max({power}-{{c1}}, 0)/({{c2}}-{{c3}}*{power}), 1/{{m1}})".format(**_PQ)
+    light = f"st(0, {linear}*10000/{DIFFUSE_WHITE})"
+    above = f"st(1, max(ld(0)-{KNEE}, 0)/{1 - KNEE})"
+    mapped = f"min(ld(0), {KNEE})+{1 - KNEE}*ld(1)/(1+ld(1))"
+    dimmed = f"st(2, pow(({mapped})*{DIFFUSE_WHITE}/10000, {{m1}}))".format(**_PQ)
+    back = "maxval*pow(({c1}+{c2}*ld(2))/(1+{c3}*ld(2)), {m2})".format(**_PQ)
+    return f"{light}; {above}; {dimmed}; {back}"
