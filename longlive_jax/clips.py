@@ -30,7 +30,7 @@ from jaxtyping import Float, Int, UInt8
 
 from longlive_jax import demux, filters, interrupts
 from longlive_jax.errors import InputError
-from longlive_jax.fit import fit
+from longlive_jax.fit import Fitter
 
 Path = str | os.PathLike[str]
 
@@ -317,9 +317,10 @@ def read(
         raise InputError(f"{path} has {len(shot.times)} frames, not frame {indices[-1]}")
     frames = np.empty((len(indices), height, width, 3), np.uint8)
     notes: dict[str, None] = {}
-    done, turn = 0, None
+    done = 0
     with open_video(path, "video") as (container, stream):
         pixel = Fraction(stream.sample_aspect_ratio or 1)
+        fit = Fitter(str(path), height, width, pixel)
         numbered = _numbered(container, stream, shot, max(0, int(indices[0]) - 1))
         for number, frame, fields in filters.deinterlace(numbered):
             interrupts.stop.check()
@@ -327,8 +328,7 @@ def read(
                 continue
             if number > indices[done] or frame.is_corrupt:
                 raise InputError(f"{path} is damaged at frame {indices[done]}")
-            turn = filters.turn_of(frame) if turn is None else turn
-            pixels, said = fit(frame, str(path), height, width, turn, pixel)
+            pixels, said = fit(frame)
             notes |= dict.fromkeys((*(("deinterlaced",) if fields else ()), *said))
             while done < len(indices) and indices[done] == number:
                 frames[done] = pixels

@@ -138,17 +138,40 @@ def is_wide(transfer: int, primaries: int) -> bool:
     return transfer in HDR or primaries in WIDE
 
 
-def to_bt709(frame: av.VideoFrame, transfer: int, primaries: int) -> tuple[av.VideoFrame, str]:
-    """Bring RGB of HDR or of wide primaries to BT.709, and say what was done.
+class ToBT709:
+    """Brings RGB of HDR or of wide primaries to BT.709.
 
     HDR light is first tone-mapped, each channel by itself: up to `KNEE` of diffuse white it is kept
     as it is, and what is brighter approaches that white, so that highlights keep their shape.
 
-    Args:
-      frame: In gbrp16le.
-      transfer: Number of its transfer characteristics in H.273.
-      primaries: Of its primaries; where HDR does not say, they are those of BT.2020.
+    The graph is kept for the next frame: FFmpeg makes a table of all colours for each.
     """
+
+    def __init__(self) -> None:
+        self._kind: tuple[int, ...] | None = None
+        self._graph: av.filter.Graph | None = None
+
+    def __call__(
+        self, frame: av.VideoFrame, transfer: int, primaries: int
+    ) -> tuple[av.VideoFrame, str]:
+        """Return the frame in gbrp, and what was done.
+
+        Args:
+          frame: In gbrp16le.
+          transfer: Number of its transfer characteristics in H.273.
+          primaries: Of its primaries; where HDR does not say, they are those of BT.2020.
+        """
+        kind = (frame.width, frame.height, transfer, primaries)
+        if self._graph is None or kind != self._kind:
+            self._graph, self._kind = _bt709_graph(frame, transfer, primaries), kind
+        self._graph.push(frame)
+        mapped = self._graph.pull()
+        if transfer in HDR:
+            return mapped, f"HDR ({HDR_NAMES[transfer]}) tone-mapped to SDR"
+        return mapped, f"colours of {WIDE_NAMES[primaries]} brought to BT.709"
+
+
+def _bt709_graph(frame: av.VideoFrame, transfer: int, primaries: int) -> av.filter.Graph:
     wide = WIDE.get(primaries, "bt2020" if transfer in HDR else "bt709")
     curve = HDR.get(transfer, "bt709")
     tags = f"color_primaries={wide}:color_trc={curve}:colorspace=gbr:range=pc"
@@ -161,12 +184,7 @@ def to_bt709(frame: av.VideoFrame, transfer: int, primaries: int) -> tuple[av.Vi
         steps += [("lutrgb", f"r='{tone}':g='{tone}':b='{tone}'")]
     target = "out_transfer=bt709:out_primaries=bt709:intent=relative_colorimetric"
     steps += [("scale", target), ("format", "pix_fmts=gbrp")]
-    graph = chain(frame, *steps)
-    graph.push(frame)
-    mapped = graph.pull()
-    if transfer in HDR:
-        return mapped, f"HDR ({HDR_NAMES[transfer]}) tone-mapped to SDR"
-    return mapped, f"colours of {WIDE_NAMES[primaries]} brought to BT.709"
+    return chain(frame, *steps)
 
 
 def _tone_curve() -> str:

@@ -12,8 +12,7 @@ from jaxtyping import UInt8
 
 from longlive_jax import clips, demux
 from longlive_jax.errors import InputError
-from longlive_jax.filters import turn_of
-from longlive_jax.fit import fit, frame_of
+from longlive_jax.fit import Fitter, frame_of
 
 Source = str | os.PathLike[str] | np.ndarray
 
@@ -49,7 +48,7 @@ def read_image(source: Source, height: int, width: int) -> Picture:
     """
     if isinstance(source, np.ndarray):
         frame = frame_of(_checked(source, "a picture", "H W 3"))
-        pixels, notes = fit(frame, "the picture", height, width)
+        pixels, notes = Fitter("the picture", height, width)(frame)
     else:
         with clips.open_video(source, "picture") as (container, stream):
             if stream.codec_context.name == "mjpeg":  # else half a JPEG passes
@@ -63,7 +62,7 @@ def read_image(source: Source, height: int, width: int) -> Picture:
             jpeg = container.format.name in ("jpeg_pipe", "mjpeg")
             if not jpeg and next(decoded, None) is not None:
                 raise InputError(f"{source} holds more than one picture")
-            pixels, notes = fit(frame, str(source), height, width, turn_of(frame))
+            pixels, notes = Fitter(str(source), height, width)(frame)
     return Picture(pixels[None], _listed(notes))
 
 
@@ -94,7 +93,8 @@ def read_clip(
     if isinstance(source, np.ndarray):
         shown = _checked(source, "a clip", "t H W 3")
         used = shown[_part(len(shown), frames, last)]
-        fitted = [fit(frame_of(pixels), "the clip", height, width) for pixels in used]
+        fit = Fitter("the clip", height, width)
+        fitted = [fit(frame_of(pixels)) for pixels in used]
         pixels, notes = np.stack([pixels for pixels, _ in fitted]), list(fitted[0][1])
     else:
         shot = clips.footage(source)
