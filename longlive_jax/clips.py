@@ -38,6 +38,7 @@ REMEMBERED = 1024  # files whose frames' times are kept: 16 bytes a frame
 ROUNDING = 1e-3  # s: to which Matroska rounds the times of frames
 LONGEST = 10.0  # s that a frame can be shown; where the next one comes later, the clock jumped
 DEFAULT_RATE = Fraction(25)  # of a file that says nothing, as FFmpeg has it
+NEAR = 0.02  # between rates that are the same
 LOST = 16  # frames at a start that need what came before it; H.264 reorders no more
 BRANDS = ("major_brand", "compatible_brands")  # of an MP4 or a relative of it
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders that read it, where FFmpeg's do not
@@ -82,7 +83,10 @@ class Footage:
 @contextlib.contextmanager
 def open_video(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
     """The opened file and its video stream. what: "picture" or "video"."""
-    with demux.opened(path, what) as container:
+    with contextlib.ExitStack() as stack:
+        container = stack.enter_context(demux.opened(path, what))
+        if _splits_wrongly(container):
+            container = stack.enter_context(demux.opened(path, what, fflags="noparse"))
         brands = "".join(container.metadata.get(name, "") for name in BRANDS)
         if "heic" in brands or "heix" in brands:
             # These are cut into tiles, each of which is a stream.
@@ -103,6 +107,14 @@ def open_video(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
                 # Not of frames: such threads now and then lose that a frame is damaged.
                 one.thread_type = "SLICE"
         yield container, stream
+
+
+def _splits_wrongly(container: Any) -> bool:
+    """Return whether FFmpeg would look for start codes in frames of an ASF that have none."""
+    if container.format.name != "asf" or not container.streams.video:
+        return False
+    coded = container.streams.video[0].codec_context
+    return coded is not None and (coded.extradata or b"")[:1] == b"\1"  # as MP4 has it
 
 
 def _check_size(path: object, coded: Any) -> None:
@@ -194,7 +206,7 @@ def _footage(path: pathlib.Path, size: int, changed: int) -> Footage:
         if not packets.pts:
             raise InputError(f"{path} holds no video")
         average, guessed = stream.average_rate, stream.guessed_rate
-        if average and guessed and abs(average / guessed - 1) < 0.02:
+        if average and guessed and abs(average / guessed - 1) < NEAR:
             average = guessed  # the other one is rounded with the times of frames
         coded = stream.codec_context
         clock = _Clock(stream.time_base, average or guessed, guessed or average)
@@ -233,26 +245,34 @@ class _Clock:
         pts, dts = np.array(packets.pts, np.int64), np.array(packets.dts, np.int64)
         pieces = _pieces(pts, dts, np.array(packets.keys, bool))
         if pieces is None or (pts == NONE).any():
-            said = () if pieces is not None else ("its time stamps are in disorder",)
-            return self._steady(len(pts), height, width, said)
+            notes = () if pieces is not None else (self._disorder,)
+            return self._steady(len(pts), height, width, notes)
         count = sum(len(piece) for piece in pieces)
         in_order = all((np.diff(piece) >= 0).all() for piece in pieces)
         different = sum(len(np.unique(piece)) for piece in pieces)
         if different < 0.75 * count or (not in_order and not reorders):
-            return self._steady(count, height, width, ("its time stamps are in disorder",))
+            return self._steady(count, height, width, (self._disorder,))
         stamps = [np.sort(piece) for piece in pieces]
         times, end, notes = self._times(stamps, packets.duration)
         rate = self.rate
         if notes or not rate:
             rate = Fraction(count / end).limit_denominator(1001) if end > 0 else DEFAULT_RATE
+            if self.steady and abs(rate / self.steady - 1) < NEAR:
+                rate = self.steady  # the other one is rounded with the times of frames
         parts = tuple(itertools.accumulate((len(piece) for piece in stamps[:-1]), initial=0))
-        # Stamps that only rise are those of another order, where the coded order is another one.
+        # Stamps that only rise are those of coding, where frames are shown in another order.
         told = None if in_order and reorders else np.concatenate(stamps)
+        if told is None and len(parts) == 1 and _even(times):
+            return self._steady(count, height, width, notes)
         return Footage(height, width, rate, times, end, told, parts, notes)
 
-    def _steady(self, count: int, height: int, width: int, said: tuple[str, ...]) -> Footage:
+    @property
+    def _disorder(self) -> str:
+        rate = float(self.steady or DEFAULT_RATE)
+        return f"its time stamps are in disorder: its frames follow each other at {rate:.4g} FPS"
+
+    def _steady(self, count: int, height: int, width: int, notes: tuple[str, ...]) -> Footage:
         rate = Fraction(self.steady or DEFAULT_RATE)
-        notes = tuple(f"{words}: its frames follow each other at {rate} FPS" for words in said)
         times = np.arange(count) / float(rate)
         return Footage(height, width, rate, times, count / float(rate), None, (0,), notes)
 
@@ -267,14 +287,14 @@ class _Clock:
         step = min(step, LONGEST)
         for piece in stamps:
             if times:
-                notes.append(f"its clock restarts after {start:.4g} s: read on")
+                notes.append(f"its clock restarts after {span(start)}: read on")
             lasts = np.diff(piece) * unit
             jumps = lasts > LONGEST
             lasts[jumps] = step if len(usual) else LONGEST
             here = start + np.concatenate([[0.0], np.cumsum(lasts)])
             for place in np.flatnonzero(jumps):
                 gap = (piece[place + 1] - piece[place]) * unit
-                notes.append(f"a gap of {gap:.4g} s after {here[place]:.4g} s is left out")
+                notes.append(f"a gap of {span(gap)} after {span(here[place])} is left out")
             times.append(here)
             start = float(here[-1]) + step
         last = float(duration * self.unit) or (steps[-1] if len(steps) else step)
@@ -282,6 +302,21 @@ class _Clock:
         more = len(notes) - 1
         notes = [f"{notes[0]} (and {more} more)" if more > 0 else note for note in notes[:1]]
         return np.concatenate(times), end, tuple(notes)
+
+
+def _even(times: Float[np.ndarray, " t"]) -> bool:
+    """Return whether nearly all frames are shown equally long, as far as times are rounded."""
+    steps = np.diff(times)
+    return not len(steps) or bool((np.abs(steps - np.median(steps)) < 2 * ROUNDING).mean() > 0.9)
+
+
+def span(seconds: float) -> str:
+    """Return a time as people write it: "1.5 s", "2:05" or "1:02:05"."""
+    if seconds < 100:
+        return f"{seconds:.4g} s"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
 def _pieces(

@@ -57,8 +57,13 @@ _REFERS_AT_ONCE = [(re.compile(p, re.DOTALL | re.IGNORECASE), what) for p, what 
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
-    """The container of a media file. what: "picture" or "video", for what is said of others.
+def opened(path: str | os.PathLike[str], what: str, **options: str) -> Iterator[Any]:
+    """The container of a media file.
+
+    Args:
+      path: The file.
+      what: "picture" or "video", for what is said of others.
+      options: More of FFmpeg's options of formats.
 
     Raises:
       InputError: it cannot be read, is damaged, is of an unknown kind, or refers to other files.
@@ -70,7 +75,9 @@ def opened(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
                 raise InputError(f"{path} is empty")
             _check_start(path, head)
             file.seek(0)
-            choices = dict(container_options=OPTIONS, options=LIMITS, io_open=_Refused(path))
+            choices = dict(
+                container_options=OPTIONS | options, options=LIMITS, io_open=_Refused(path)
+            )
             with av.open(_Unnamed(file), **choices, **LENIENT) as container:
                 yield container
     except av.FFmpegError as error:

@@ -53,7 +53,12 @@ def run(request: Request, drafts: Sequence[Draft], load: Load) -> None:
     paths = request.outputs(count)
     for story, path, report in zip(stories, paths, reports(request.json, count), strict=True):
         job = dataclasses.replace(request, output=path, json=report)
-        _make(job, story, session or _begun(job, story, model), console)
+        if session is None:
+            with console.status("reading what the video begins with"):
+                begun = _begun(job, story, model)
+        else:
+            begun = session
+        _make(job, story, begun, console)
 
 
 def _in_mode(story: Story, mode: str | None) -> Story:

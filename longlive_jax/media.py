@@ -105,7 +105,8 @@ def read_clip(
         notes = [f"{float(shot.fps):.4g} FPS read at {fps} FPS"] if changed else []
         notes += [*shot.notes, *said]
     if last is not None and len(shown) > last:
-        notes.append(f"only the last {last / fps:.4g} s of {len(shown) / fps:.4g} s used")
+        seconds = clips.span(len(shown) / fps)
+        notes.append(f"only the last {clips.span(last / fps)} of its {seconds} are used")
     return Clip(pixels, _listed(notes))
 
 

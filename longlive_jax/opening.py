@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from longlive_jax import arguments, rollout, timeline
+from longlive_jax.config import ModelConfig
 from longlive_jax.errors import InputError
 from longlive_jax.progress import Position, Progress
 from longlive_jax.rollout import Latents
@@ -20,6 +22,7 @@ from longlive_jax.vae import vae as coder
 if TYPE_CHECKING:
     from longlive_jax.model import Model
 
+WINDOWS = 2  # of attention, at the end of a clip that is continued: what came before is not read
 # A file, a PIL image, an array (uint8, or from 0 to 1, [t] H W [c]), or a list of pictures.
 Pixels = Any
 
@@ -53,7 +56,7 @@ def begin(
         from longlive_jax import media, pixels  # PyAV, which a prompt alone does not need
 
         frames, done = (video, "") if pixels.is_file(video) else pixels.clip(video)
-        clip = media.read_clip(frames, cfg.height, cfg.width, cfg.fps)
+        clip = media.read_clip(frames, cfg.height, cfg.width, cfg.fps, last=_remembered(cfg))
         state, position, note = _continued(model, state, position, clip.frames)
         notes = (_listed(done, clip.note), note)
     if vae_device is not None:
@@ -79,6 +82,14 @@ def picture(model: Model, image: Pixels) -> tuple[Latents, str]:
 
 def _listed(*notes: str) -> str:
     return ", ".join(filter(None, notes))
+
+
+def _remembered(cfg: ModelConfig) -> int:
+    """Return the frames of a clip that is continued: as many chunks as are attended, twice, since
+    the first half of them is what the keys and values of the other half depend on.
+    """
+    chunks = math.ceil(WINDOWS * cfg.stream.window / cfg.stream.chunk)
+    return chunks * cfg.frames_per_chunk - (cfg.vae.time_stride - 1)
 
 
 def _continued(
