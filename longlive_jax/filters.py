@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 
 import av
 import av.filter
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
+from av.video.reformatter import ColorRange
 
 Turn = tuple[bool, bool, bool]  # transpose, then reverse the columns, then the rows
 
@@ -41,7 +43,10 @@ def chain(frame: av.VideoFrame, *steps: tuple[str, str]) -> av.filter.Graph:
 
 def _source(graph: av.filter.Graph, frame: av.VideoFrame) -> av.filter.context.FilterContext:
     return graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+        width=frame.width,
+        height=frame.height,
+        format=frame.format,
+        time_base=frame.time_base or Fraction(1, 1000),
     )
 
 
@@ -71,7 +76,9 @@ def merge_alpha(colour: av.VideoFrame, alpha: av.VideoFrame) -> av.VideoFrame:
         source.push(frame)
         source.push(None)
     merged = graph.pull()
-    merged.colorspace, merged.color_range = colour.colorspace, colour.color_range
+    # The format with alpha is in studio range, whichever that of the colours was.
+    merged.colorspace, merged.color_range = colour.colorspace, ColorRange.MPEG
+    merged.color_trc, merged.color_primaries = colour.color_trc, colour.color_primaries
     return merged
 
 
