@@ -6,8 +6,8 @@ are needed are decoded, from the key frame before them on where the file can be 
 
 Containers differ in what their time stamps say. AVI and ASF number frames in the order in which
 they are coded, so that with B-frames only the order of the decoder tells which is which. Clocks
-restart where transport streams were joined, and jump where a recording was interrupted: there,
-reading goes on at once.
+restart where transport streams were joined, where reading goes on at once, and jump where a
+recording was interrupted.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ Path = str | os.PathLike[str]
 
 REMEMBERED = 1024  # files whose frames' times are kept: 16 bytes a frame
 ROUNDING = 1e-3  # s: to which Matroska rounds the times of frames
-LONGEST = 10.0  # s that a frame can be shown; where the next one comes later, the clock jumped
+LONGEST = 10.0  # s that a frame is shown at most: recordings that were interrupted have long gaps
 DEFAULT_RATE = Fraction(25)  # of a file that says nothing, as FFmpeg has it
 NEAR = 0.02  # between rates that are the same
+# Formats with an index. In others FFmpeg searches, and now and then gives frames wrong times then.
+SEARCHABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
 LOST = 16  # frames at a start that need what came before it; H.264 reorders no more
 BRANDS = ("major_brand", "compatible_brands")  # of an MP4 or a relative of it
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders that read it, where FFmpeg's do not
@@ -161,7 +163,10 @@ def _with_alpha(container: Any, stream: Any, alpha: Any) -> Iterator[av.VideoFra
 
 
 def _decoded_by(name: str, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-    coder = av.CodecContext.create(name, "r")
+    try:
+        coder = av.CodecContext.create(name, "r")
+    except ValueError as error:
+        raise InputError(f"reading the transparency of a clip needs FFmpeg with {name}") from error
     coder.options = demux.LIMITS
     coder.thread_type = "SLICE"
     for packet in container.demux(stream):
@@ -254,11 +259,8 @@ class _Clock:
             return self._steady(count, height, width, (self._disorder,))
         stamps = [np.sort(piece) for piece in pieces]
         times, end, notes = self._times(stamps, packets.duration)
-        rate = self.rate
-        if notes or not rate:
-            rate = Fraction(count / end).limit_denominator(1001) if end > 0 else DEFAULT_RATE
-            if self.steady and abs(rate / self.steady - 1) < NEAR:
-                rate = self.steady  # the other one is rounded with the times of frames
+        rate = self.steady if notes else self.rate  # an average would count the gaps
+        rate = rate or Fraction(count / end).limit_denominator(1001)
         parts = tuple(itertools.accumulate((len(piece) for piece in stamps[:-1]), initial=0))
         # Stamps that only rise are those of coding, where frames are shown in another order.
         told = None if in_order and reorders else np.concatenate(stamps)
@@ -278,8 +280,8 @@ class _Clock:
 
     def _times(
         self, stamps: Sequence[Int[np.ndarray, " t"]], duration: int
-    ) -> tuple[Float[np.ndarray, " t"], float, tuple[str, ...]]:
-        """When frames are shown, and the end, with the gaps left out; and what was left out."""
+    ) -> tuple[Float[np.ndarray, " n"], float, tuple[str, ...]]:
+        """When frames are shown, and the end, with long gaps shortened; and what was changed."""
         unit, times, notes, start = float(self.unit), [], [], 0.0
         steps = np.concatenate([np.diff(piece) * unit for piece in stamps])
         usual = steps[(steps > 0) & (steps <= LONGEST)]
@@ -290,11 +292,13 @@ class _Clock:
                 notes.append(f"its clock restarts after {span(start)}: read on")
             lasts = np.diff(piece) * unit
             jumps = lasts > LONGEST
-            lasts[jumps] = step if len(usual) else LONGEST
+            lasts[jumps] = LONGEST
             here = start + np.concatenate([[0.0], np.cumsum(lasts)])
             for place in np.flatnonzero(jumps):
                 gap = (piece[place + 1] - piece[place]) * unit
-                notes.append(f"a gap of {span(gap)} after {span(here[place])} is left out")
+                notes.append(
+                    f"a gap of {span(gap)} after {span(here[place])} is shortened to {LONGEST:g} s"
+                )
             times.append(here)
             start = float(here[-1]) + step
         last = float(duration * self.unit) or (steps[-1] if len(steps) else step)
@@ -386,7 +390,8 @@ def _numbered(
     if shot.stamps is None:
         yield from enumerate(decode(container, stream))
         return
-    decoded, expected = _sought(container, stream, shot.stamps, first if not shot.parts[1:] else 0)
+    searchable = len(shot.parts) == 1 and container.format.name in SEARCHABLE
+    decoded, expected = _sought(container, stream, shot.stamps, first if searchable else 0)
     for frame in decoded:
         number = _number(shot, frame.pts, expected)
         if number is None:
