@@ -37,6 +37,7 @@ Path = str | os.PathLike[str]
 REMEMBERED = 1024  # files whose frames' times are kept: 16 bytes a frame
 ROUNDING = 1e-3  # s: to which Matroska rounds the times of frames
 LONGEST = 10.0  # s that a frame is shown at most: recordings that were interrupted have long gaps
+FASTEST = 240  # FPS that are believed where frames have no times
 DEFAULT_RATE = Fraction(25)  # of a file that says nothing, as FFmpeg has it
 NEAR = 0.02  # between rates that are the same
 # Formats with an index. In others FFmpeg searches, and now and then gives frames wrong times then.
@@ -214,7 +215,8 @@ def _footage(path: pathlib.Path, size: int, changed: int) -> Footage:
         if average and guessed and abs(average / guessed - 1) < NEAR:
             average = guessed  # the other one is rounded with the times of frames
         coded = stream.codec_context
-        clock = _Clock(stream.time_base, average or guessed, guessed or average)
+        steady = [rate for rate in (guessed, average) if rate and rate <= FASTEST]
+        clock = _Clock(stream.time_base, average or guessed, steady[0] if steady else None)
         return clock.footage(packets, bool(coded.has_b_frames), coded.height, coded.width)
 
 

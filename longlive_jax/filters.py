@@ -17,16 +17,27 @@ from av.video.reformatter import ColorRange
 
 Turn = tuple[bool, bool, bool]  # transpose, then reverse the columns, then the rows
 
-# Numbers of ITU-T H.273, and what FFmpeg's filters call them.
-HDR = {16: "smpte2084", 18: "arib-std-b67"}  # transfer characteristics
-HDR_NAMES = {16: "PQ", 18: "HLG"}
-WIDE = {9: "bt2020", 11: "smpte431", 12: "smpte432"}  # colour primaries
-WIDE_NAMES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
+# Numbers of ITU-T H.273.
+HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics
+WIDE = {9: "BT.2020", 12: "Display P3"}  # colour primaries
+# Linear RGB of those to that of BT.709, by rows.
+_TO_BT709 = {
+    9: ((1.6605, -0.5877, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1188)),
+    12: ((1.2249, -0.2249, 0.0), (-0.0421, 1.0421, 0.0), (-0.0196, -0.0786, 1.0982)),
+}
+BT2020, UNSAID = 9, 2
 
 DIFFUSE_WHITE = 203  # cd/m2 (ITU-R BT.2408), which becomes almost the white of SDR
 KNEE = 0.8  # of diffuse white: darker light is kept as it is, brighter light is compressed
-# Constants of PQ (SMPTE ST 2084), for the expressions of `lutrgb`.
-_PQ = {"m1": 2610 / 16384, "m2": 2523 / 32, "c1": 3424 / 4096, "c2": 2413 / 128, "c3": 2392 / 128}
+GAMMA = 2.4  # of an SDR screen (ITU-R BT.1886)
+# Light in cd/m2 by values of PQ (SMPTE ST 2084) and, on a screen of 1000 cd/m2, of HLG (ITU-R
+# BT.2100) with the system gamma applied to each channel: expressions of `lutrgb`.
+_POWER = "pow(val/maxval, 32/2523)"
+_LIGHT = {
+    16: f"10000*pow(max({_POWER}-3424/4096, 0)/(2413/128-2392/128*{_POWER}), 16384/2610)",
+    18: "1000*pow(if(lte(val/maxval, 0.5), pow(val/maxval, 2)/3,"
+    " (exp((val/maxval-0.55991073)/0.17883277)+0.28466892)/12), 1.2)",
+}
 
 
 def chain(frame: av.VideoFrame, *steps: tuple[str, str]) -> av.filter.Graph:
@@ -150,8 +161,7 @@ class ToBT709:
 
     HDR light is first tone-mapped, each channel by itself: up to `KNEE` of diffuse white it is kept
     as it is, and what is brighter approaches that white, so that highlights keep their shape.
-
-    The graph is kept for the next frame: FFmpeg makes a table of all colours for each.
+    Colours that BT.709 lacks are clipped. The graph is kept for the next frame.
     """
 
     def __init__(self) -> None:
@@ -161,7 +171,7 @@ class ToBT709:
     def __call__(
         self, frame: av.VideoFrame, transfer: int, primaries: int
     ) -> tuple[av.VideoFrame, str]:
-        """Return the frame in gbrp, and what was done.
+        """Return the frame in gbrp16le, and what was done.
 
         Args:
           frame: In gbrp16le.
@@ -174,33 +184,28 @@ class ToBT709:
         self._graph.push(frame)
         mapped = self._graph.pull()
         if transfer in HDR:
-            return mapped, f"HDR ({HDR_NAMES[transfer]}) tone-mapped to SDR"
-        return mapped, f"colours of {WIDE_NAMES[primaries]} brought to BT.709"
+            return mapped, f"HDR ({HDR[transfer]}) tone-mapped to SDR"
+        return mapped, f"colours of {WIDE[primaries]} brought to BT.709"
 
 
 def _bt709_graph(frame: av.VideoFrame, transfer: int, primaries: int) -> av.filter.Graph:
-    wide = WIDE.get(primaries, "bt2020" if transfer in HDR else "bt709")
-    curve = HDR.get(transfer, "bt709")
-    tags = f"color_primaries={wide}:color_trc={curve}:colorspace=gbr:range=pc"
-    steps = [("setparams", tags)]
-    if curve == "arib-std-b67":
-        steps += [("scale", "out_transfer=smpte2084:intent=relative_colorimetric")]
-        steps += [("format", "pix_fmts=gbrp16le")]
+    unsaid = transfer in HDR and primaries == UNSAID
+    matrix = _TO_BT709.get(BT2020 if unsaid else primaries)
+    linear = f"maxval*pow(val/maxval, {GAMMA})"
     if transfer in HDR:
-        tone = _tone_curve()
-        steps += [("lutrgb", f"r='{tone}':g='{tone}':b='{tone}'")]
-    target = "out_transfer=bt709:out_primaries=bt709:intent=relative_colorimetric"
-    steps += [("scale", target), ("format", "pix_fmts=gbrp")]
+        light = f"st(0, {_LIGHT[transfer]}/{DIFFUSE_WHITE})"
+        above = f"st(1, max(ld(0)-{KNEE}, 0)/{1 - KNEE:.6g})"
+        linear = f"{light}; {above}; maxval*(min(ld(0), {KNEE})+{1 - KNEE:.6g}*ld(1)/(1+ld(1)))"
+    steps = [_look_up(linear)]
+    if matrix is not None:
+        names = (f"{to}{source}" for to in "rgb" for source in "rgb")
+        values = (value for row in matrix for value in row)
+        mixed = (f"{name}={value}" for name, value in zip(names, values, strict=True))
+        steps.append(("colorchannelmixer", ":".join(mixed)))
+    steps.append(_look_up(f"maxval*pow(val/maxval, 1/{GAMMA})"))
     return chain(frame, *steps)
 
 
-def _tone_curve() -> str:
-    """Return the expression of `lutrgb` that tone-maps values of PQ, as values of PQ."""
-    power = "pow(val/maxval, 1/{m2})".format(**_PQ)
-    linear = f"pow(max({power}-{{c1}}, 0)/({{c2}}-{{c3}}*{power}), 1/{{m1}})".format(**_PQ)
-    light = f"st(0, {linear}*10000/{DIFFUSE_WHITE})"
-    above = f"st(1, max(ld(0)-{KNEE}, 0)/{1 - KNEE})"
-    mapped = f"min(ld(0), {KNEE})+{1 - KNEE}*ld(1)/(1+ld(1))"
-    dimmed = f"st(2, pow(({mapped})*{DIFFUSE_WHITE}/10000, {{m1}}))".format(**_PQ)
-    back = "maxval*pow(({c1}+{c2}*ld(2))/(1+{c3}*ld(2)), {m2})".format(**_PQ)
-    return f"{light}; {above}; {dimmed}; {back}"
+def _look_up(expression: str) -> tuple[str, str]:
+    """Return the filter that replaces each value of each channel."""
+    return "lutrgb", ":".join(f"{channel}='{expression}'" for channel in "rgb")

@@ -148,9 +148,9 @@ def test_time_stamps_in_disorder_are_passed_over(tmp_path):
     assert decoded(clip.frames) == list(range(COUNT))
     assert clip.note == "its time stamps are in disorder: its frames follow each other at 20 FPS"
     same = remuxed(source, tmp_path / "c.mkv", pts=lambda _: 0, dts=lambda _: 0)
-    clip = read_clip(same, 32, 96, 20)
-    assert set(decoded(clip.frames)) == set(range(COUNT))
-    assert "in disorder" in clip.note
+    clip = read_clip(same, 32, 96, 25)
+    assert decoded(clip.frames) == list(range(COUNT))
+    assert clip.note == "its time stamps are in disorder: its frames follow each other at 25 FPS"
 
 
 def test_a_stream_that_begins_inside_a_group_of_pictures(tmp_path):
