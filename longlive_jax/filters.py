@@ -6,7 +6,7 @@ The graphs hold nothing but filters that every build of FFmpeg has; none of them
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -25,19 +25,22 @@ _TO_BT709 = {
     9: ((1.6605, -0.5877, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1188)),
     12: ((1.2249, -0.2249, 0.0), (-0.0421, 1.0421, 0.0), (-0.0196, -0.0786, 1.0982)),
 }
-BT2020, UNSAID = 9, 2
+HLG, BT2020, UNSAID = 18, 9, 2
 
 DIFFUSE_WHITE = 203  # cd/m2 (ITU-R BT.2408), which becomes almost the white of SDR
 KNEE = 0.8  # of diffuse white: darker light is kept as it is, brighter light is compressed
 GAMMA = 2.4  # of an SDR screen (ITU-R BT.1886)
-# Light in cd/m2 by values of PQ (SMPTE ST 2084) and, on a screen of 1000 cd/m2, of HLG (ITU-R
-# BT.2100) with the system gamma applied to each channel: expressions of `lutrgb`.
+# Light, of the brightest there is, by values of PQ (SMPTE ST 2084) and HLG (ITU-R BT.2100), which
+# is that of a scene: expressions of `lutrgb`.
 _POWER = "pow(val/maxval, 32/2523)"
 _LIGHT = {
-    16: f"10000*pow(max({_POWER}-3424/4096, 0)/(2413/128-2392/128*{_POWER}), 16384/2610)",
-    18: "1000*pow(if(lte(val/maxval, 0.5), pow(val/maxval, 2)/3,"
-    " (exp((val/maxval-0.55991073)/0.17883277)+0.28466892)/12), 1.2)",
+    16: f"pow(max({_POWER}-3424/4096, 0)/(2413/128-2392/128*{_POWER}), 16384/2610)",
+    18: "if(lte(val/maxval, 0.5), pow(val/maxval, 2)/3,"
+    " (exp((val/maxval-0.55991073)/0.17883277)+0.28466892)/12)",
 }
+BRIGHTEST = {16: 10000, 18: 1000}  # cd/m2; for HLG that is the screen it is mapped to
+SYSTEM_GAMMA = 1.2  # of HLG on such a screen: scene light times a power of its luminance
+_LUMINANCE = ((0.2627, 0.6780, 0.0593),) * 3  # of BT.2020
 
 
 def chain(frame: av.VideoFrame, *steps: tuple[str, str]) -> av.filter.Graph:
@@ -167,6 +170,7 @@ class ToBT709:
     def __init__(self) -> None:
         self._kind: tuple[int, ...] | None = None
         self._graph: av.filter.Graph | None = None
+        self._count = 0
 
     def __call__(
         self, frame: av.VideoFrame, transfer: int, primaries: int
@@ -181,6 +185,8 @@ class ToBT709:
         kind = (frame.width, frame.height, transfer, primaries)
         if self._graph is None or kind != self._kind:
             self._graph, self._kind = _bt709_graph(frame, transfer, primaries), kind
+        self._count += 1
+        frame.pts, frame.time_base = self._count, Fraction(1, 1000)  # `blend` pairs by time
         self._graph.push(frame)
         mapped = self._graph.pull()
         if transfer in HDR:
@@ -189,23 +195,56 @@ class ToBT709:
 
 
 def _bt709_graph(frame: av.VideoFrame, transfer: int, primaries: int) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    end = _source(graph, frame)
+    value = "val/maxval"
+    if transfer == HLG:
+        end = _screen_light(graph, end)
+    elif transfer in HDR:
+        value = _LIGHT[transfer]
+    tone = f"pow({value}, {GAMMA})"
+    if transfer in HDR:
+        light = f"st(0, {BRIGHTEST[transfer]}/{DIFFUSE_WHITE}*{value})"
+        above = f"st(1, max(ld(0)-{KNEE}, 0)/{1 - KNEE:.6g})"
+        tone = f"{light}; {above}; min(ld(0), {KNEE})+{1 - KNEE:.6g}*ld(1)/(1+ld(1))"
+    steps = [_look_up(tone)]
     unsaid = transfer in HDR and primaries == UNSAID
     matrix = _TO_BT709.get(BT2020 if unsaid else primaries)
-    linear = f"maxval*pow(val/maxval, {GAMMA})"
-    if transfer in HDR:
-        light = f"st(0, {_LIGHT[transfer]}/{DIFFUSE_WHITE})"
-        above = f"st(1, max(ld(0)-{KNEE}, 0)/{1 - KNEE:.6g})"
-        linear = f"{light}; {above}; maxval*(min(ld(0), {KNEE})+{1 - KNEE:.6g}*ld(1)/(1+ld(1)))"
-    steps = [_look_up(linear)]
     if matrix is not None:
-        names = (f"{to}{source}" for to in "rgb" for source in "rgb")
-        values = (value for row in matrix for value in row)
-        mixed = (f"{name}={value}" for name, value in zip(names, values, strict=True))
-        steps.append(("colorchannelmixer", ":".join(mixed)))
-    steps.append(_look_up(f"maxval*pow(val/maxval, 1/{GAMMA})"))
-    return chain(frame, *steps)
+        steps.append(_mix(matrix))
+    steps.append(_look_up(f"pow(val/maxval, 1/{GAMMA})"))
+    nodes = [graph.add(*step) for step in steps]
+    graph.link_nodes(end, *nodes, graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _screen_light(
+    graph: av.filter.Graph, source: av.filter.context.FilterContext
+) -> av.filter.context.FilterContext:
+    """Link the filters that make light of a screen of values of HLG; return the last of them."""
+    scene, split = graph.add(*_look_up(_LIGHT[HLG])), graph.add("split")
+    mixed = graph.add(*_mix(_LUMINANCE))
+    gain = graph.add(*_look_up(f"pow(val/maxval, {SYSTEM_GAMMA - 1:.6g})"))
+    product = graph.add("blend", "all_mode=multiply")
+    graph.link_nodes(source, scene, split)
+    split.link_to(product, 0, 0)
+    split.link_to(mixed, 1, 0)
+    graph.link_nodes(mixed, gain)
+    gain.link_to(product, 0, 1)
+    return product
+
+
+def _mix(matrix: Sequence[Sequence[float]]) -> tuple[str, str]:
+    """Return the filter that multiplies RGB with a matrix."""
+    names = (f"{to}{source}" for to in "rgb" for source in "rgb")
+    values = (value for row in matrix for value in row)
+    mixed = (f"{name}={value}" for name, value in zip(names, values, strict=True))
+    return "colorchannelmixer", ":".join(mixed)
 
 
 def _look_up(expression: str) -> tuple[str, str]:
-    """Return the filter that replaces each value of each channel."""
-    return "lutrgb", ":".join(f"{channel}='{expression}'" for channel in "rgb")
+    """Return the filter that replaces each value of each channel: from 0 to 1 by 0 to 1."""
+    split = expression.rpartition("; ")
+    whole = f"{split[0]}{split[1]}maxval*({split[2]})"
+    return "lutrgb", ":".join(f"{channel}='{whole}'" for channel in "rgb")

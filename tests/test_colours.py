@@ -1,5 +1,7 @@
 """Light and colours of clips: HDR, wide primaries, ranges and matrices, fields and transparency."""
 
+import base64
+import zlib
 from fractions import Fraction
 
 import av
@@ -8,7 +10,7 @@ import pytest
 from test_media import chart, far_off
 
 from longlive_jax.filters import chain
-from longlive_jax.media import read_clip
+from longlive_jax.media import read_clip, read_image
 
 BT709, SMPTE170M, BT2020 = 1, 6, 9  # matrices and primaries of H.273
 SDR, PQ, HLG = 1, 16, 18  # transfer characteristics
@@ -166,8 +168,8 @@ def fields(codec, path, count=8, *, top=True):
                 shown = 8 * (2 * number + (field if top else 1 - field))
                 pixels[field::2, shown % 128 : shown % 128 + 16] = 220
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
-            graph = chain(frame, ("setfield", "tff" if top else "bff"))
             frame.pts, frame.time_base = number, unit
+            graph = chain(frame, ("setfield", "tff" if top else "bff"))
             graph.push(frame)
             container.mux(stream.encode(graph.pull()))
         container.mux(stream.encode(None))
@@ -252,3 +254,45 @@ def opaque_below(clip):
     assert clip.note == "transparent parts made black"
     assert np.abs(clip.frames[:, 5, 5].astype(int) - [[50] * 3, [130] * 3, [210] * 3]).max() <= 6
     assert clip.frames[:, 22:].max() <= 6
+
+
+# An AVIF and an animated one of `rgba`, with a stream for alpha, as libavif writes them.
+AVIF = """
+c-muNU{FXasVqn=%S>Yc0uY^>nP!-qnV9D5Xz0kmz}S|XT9U{B0g4$ZIYm%5LqTS82?HA7E66O#1+y4|SSK?lKN-YvVPIeai
+vTg>X&`M1<U@GtfV3<SJ7s3(ft>)Bkpgm3nV{w*mKhj2=jY^uZAQp2L1Y|r3NjKQGDWFrFn1)DR^))~1lf8xv!JK|NYBkINX
+`e+BALYnsZf;)P%Kc8S&<16VCLZ908%`OWrog;3Sc$D$@w`&dC55yK+|{`*cu=ng(zo4C}xlW30MHFb_Ov@i}I{;3sTd;gp*
+ZrW^#d5ab<ByYHqO=P)%k|W@1sLRU*v!a+w9Wuy6)CoQ098nT3Igg^{(59Vil&o03=}#K6TWA!z?i)JRCM0qB-
+3@6Q!)>f18^Aaj7k0iYy@1yFK=z=cdBbs;8auLegJd7uZ5Je(VTaoh8tiz?q=94M@BaZX>Kd3Q^u!w!e61pv=JZIJ
+"""
+AVIF_SEQUENCE = """
+c-pm8-Afcv6u&dOrs)=&ZBVhwL_$5R<Ss(859zuh5{Q8m^(52Gtb1{;Gt69<-
+4anWDKP3qBBBqFUU~=uA&S7jf<EX&dI)^zq0oBqALt=F_s&eaPHL8R;m$etoO93b%(=gN5kj#HEtql++Xx284AY67iDTPnA~
++K#Sk82&;wglLaiUQfIpaW9)h$;?CRQl&jh!Z@glhuK7}gDiE!q$gxdmo<H^>C6omDx=I+(2(_h<M{=GhMmO?30fxrTV!&<&
+1U^oWiprJGsV@mN~Mt3w{h>l~Az&SKLtLEglsVt|Zb+tl1h$(>;n=P@$`Dk>^KgydX2JtFa#-
+HM@G{feH4Y&+1lVdqDkaG@BCqRh|)&}pU&Sp7+2YQ6l^npCi2ChdYvHDV_r2J2Y13Q5^3zZRRs>oXJ{6vWXW5`#k7IJBs&lN
+d%0Jb9AKs)8H#wNZ=~W#HSgJJ?SPrN<)pj>)%fLF*1^w0N9aav$hf+Q;#Q-|-#WuNu($n5)*{9R^TGQz>I-
+ou=E=#dCKEv6VT5`$Wa8b1|Z>-
+5YQ3$!8m4vT%kte2nBsR`r!zr#il<T4WsahXyQNa&%#zP0#9}PukR0OJXiC&aTlC_VW_z0NLS1RHnK*rL+Nny{jM2Uf$|Iur
+;hGHvhvxcau$dcfBG4Fj<jNC{`)4dp;&5@SQ6G4)ALXe0MK!#HRdmp^|G3HrrmAPaNF<lf*4#QiM8(6yi^U`!M|lyFP4|U4W
+bOS3I;yb{%us_1MR*d;gJL&hzG{5_|6OKRkC^ML|wIZ~7=$zB&cbXQIlq8dYv*R6F#83{EEYgwY5>@Rm<6j0GP~oLcO8adc+
+58YRLFfv0eV+9#M-LK7yp1%+VIcBut&g(NrE)$n_qka#*q<LSBXgBQ!DPSEd1-
+aYyFQdqunqpIl<%iLJZELIJ}+0+J_7jA#Kd^$T-KmVz(rg_(cx1;I#Yh!b-
+ulE$rkJq&yesc@<Nkw!3xP#`ZYnEPhE!EE~s)Mt4pAWVD1cVtyuK
+"""
+
+
+def packed(text):
+    return zlib.decompress(base64.b85decode(text.replace("\n", "")))
+
+
+def test_avif_with_alpha(tmp_path):
+    (tmp_path / "a.avif").write_bytes(packed(AVIF))
+    for read in (
+        read_image(tmp_path / "a.avif", 32, 32),
+        read_clip(tmp_path / "a.avif", 32, 32, 16),
+    ):
+        assert read.note == "transparent parts made black"
+        assert np.abs(read.frames[0, 5, 5].astype(int) - (200, 100, 50)).max() <= 6
+        assert read.frames[0, 22:].max() <= 6
+    (tmp_path / "b.avif").write_bytes(packed(AVIF_SEQUENCE))
+    opaque_below(read_clip(tmp_path / "b.avif", 32, 32, 10))
