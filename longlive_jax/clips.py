@@ -211,13 +211,20 @@ def _footage(path: pathlib.Path, size: int, changed: int) -> Footage:
             )
         if not packets.pts:
             raise InputError(f"{path} holds no video")
-        average, guessed = stream.average_rate, stream.guessed_rate
+        average, guessed = _fraction(stream.average_rate), _fraction(stream.guessed_rate)
         if average and guessed and abs(average / guessed - 1) < NEAR:
             average = guessed  # the other one is rounded with the times of frames
         coded = stream.codec_context
         steady = [rate for rate in (guessed, average) if rate and rate <= FASTEST]
-        clock = _Clock(stream.time_base, average or guessed, steady[0] if steady else None)
+        clock = _Clock(
+            Fraction(stream.time_base), average or guessed, steady[0] if steady else None
+        )
         return clock.footage(packets, bool(coded.has_b_frames), coded.height, coded.width)
+
+
+def _fraction(rate: Any) -> Fraction | None:
+    """Return a rate of PyAV, which has a type of its own from version 19 on."""
+    return Fraction(rate.numerator, rate.denominator) if rate else None
 
 
 def _scan(container: Any, stream: Any) -> _Packets:
