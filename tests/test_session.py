@@ -1058,6 +1058,17 @@ def test_a_video_begins_with_an_image_of_pillow(tiny):
     np.testing.assert_array_equal(*(session.given for session in sessions))
 
 
+def test_only_the_end_of_a_long_clip_is_continued(tiny):
+    """Twice what a chunk attends to; the state is that after a clip of this length."""
+    noise = np.random.default_rng(0).integers(0, 256, (130, 64, 64, 3), np.uint8)
+    session = tiny.session(RED, seed=8, steps=1, video=noise)
+    assert session.notes == ("only the last 5.812 s of its 8.125 s are used",)
+    assert (session.frame, session.progress.position.latents) == (93, 24)
+    short = tiny.session(RED, seed=8, steps=1, video=noise[-93:])
+    assert short.notes == ()
+    np.testing.assert_array_equal(held(session), held(short))
+
+
 def test_pictures_that_cannot_be_used_are_refused(tiny, tmp_path):
     clip = np.zeros((9, 64, 64, 3), np.uint8)
     with pytest.raises(InputError, match="at least 9 frames at 16 FPS, this one has 8"):
