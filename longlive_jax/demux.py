@@ -35,6 +35,8 @@ CONTAINERS = (
     *("wav", "mp3", "flac", "aac"),  # which hold no video, and are told so
     *("yuv4mpegpipe", "webp", "webp_anim", "jpegxl_anim", "ico"),
 )
+if PYAV < 18:  # which crashes where streams are found late and options are given for them
+    CONTAINERS = tuple(name for name in CONTAINERS if name not in ("flv", "live_flv", "mpeg"))
 FORMATS = (*CONTAINERS, *(f"{name}_pipe" for name in PICTURES.split()))
 # "none" is no protocol: an empty list would allow all.
 OPTIONS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}

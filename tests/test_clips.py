@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_media import counted, film, numbers
 
-from longlive_jax import clips
+from longlive_jax import clips, demux
 from longlive_jax.config import TINY
 from longlive_jax.data import check, folder
 from longlive_jax.errors import InputError
@@ -78,8 +78,16 @@ KINDS = {
 }
 
 
+def readable(name):
+    """Skip what PyAV 17 crashes on and what is refused there."""
+    kind = {"flv": "flv", "mpg": "mpeg"}.get(name.rpartition(".")[2], "mp4")
+    if kind not in demux.FORMATS:
+        pytest.skip(f"this PyAV reads no {kind}")
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_frame_is_read_once_and_in_order(tmp_path, name):
+    readable(name)
     codec, options = KINDS[name]
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     path = write(tmp_path / name, coded(COUNT), codec, options, pix_fmt=pix_fmt)

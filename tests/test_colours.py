@@ -7,6 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from test_clips import readable
 from test_media import chart, far_off
 
 from longlive_jax.filters import chain
@@ -189,6 +190,7 @@ def combed(frames):
     [("libx264", "mp4"), ("libx264", "mkv"), ("mpeg2video", "mpg"), ("mpeg2video", "ts")],
 )
 def test_fields_are_made_frames(tmp_path, codec, suffix, top):
+    readable(f"a.{suffix}")
     path = fields(codec, tmp_path / f"a.{suffix}", top=top)
     clip = read_clip(path, 64, 128, 16)
     assert clip.note == "deinterlaced"
