@@ -171,6 +171,15 @@ def test_what_is_wrong_is_said_where_it_is(own, spoil, state, file, said):
     assert state == WARNING or faults
 
 
+def test_what_other_systems_leave_in_folders_is_passed_over(own):
+    before = check.check(own, TINY)
+    for name in ("video/@eaDir", "caption/00001/__MACOSX", "video/00001/.AppleDouble"):
+        (own / name).mkdir()
+    for name in ("video/00001/._0.mp4", "caption/00001/._0.json", "video/Thumbs.db"):
+        (own / name).write_bytes(b"\0\5\x16\7")
+    assert check.check(own, TINY) == before
+
+
 def test_the_report_is_printed_and_written(own, capsys):
     half(own)
     latin(own)

@@ -159,7 +159,15 @@ def touch(root, *names):
 
 def test_videos_are_in_the_order_of_their_numbers(tmp_path):
     touch(tmp_path, *(f"video/s/{n}" for n in ("10.mp4", "9.MOV", "b.mp4", "a.webm", ".c.mp4")))
-    touch(tmp_path, "video/s/notes.txt", "video/.hidden/0.mp4", "caption/s/9.json", "video/a/x")
+    touch(
+        tmp_path,
+        "video/s/notes.txt",
+        "video/.hidden/0.mp4",
+        "video/@eaDir/0.mp4",
+        "video/s/._0.mp4",
+        "caption/s/9.json",
+        "video/a/x",
+    )
     empty, sample = folder.samples(tmp_path)
     assert (empty.name, empty.videos) == ("a", ())
     assert [video.name for video in sample.videos] == ["9.MOV", "10.mp4", "a.webm", "b.mp4"]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from longlive_jax import interrupts, output
+from longlive_jax import interrupts, listing, output
 from longlive_jax.clips import Footage, footage
 from longlive_jax.config import ModelConfig
 from longlive_jax.data import folder, montage
@@ -171,7 +171,8 @@ def _names(sample: Sample) -> Iterator[Found]:
 def _written(sample: Sample) -> Iterator[Found]:
     """What is wrong with the folder of a sample's captions."""
     stems = {video.stem for video in sample.videos} | {"global"}
-    files = sorted(sample.captions.glob("*.json"))
+    there = sample.captions.is_dir()
+    files = listing.shown(sample.captions, "*.json") if there else []
     for file in files:
         if file.stem not in stems:
             yield WARNING, file, "belongs to no video", "add the video, or remove it"

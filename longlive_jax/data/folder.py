@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from longlive_jax import documents
+from longlive_jax import documents, listing
 from longlive_jax.clips import footage
 from longlive_jax.clips import read as read_frames
 from longlive_jax.data.montage import Clip, MontageConfig, Plan
@@ -60,13 +60,12 @@ def samples(root: pathlib.Path) -> list[Sample]:
 
 def folders(root: pathlib.Path) -> list[pathlib.Path]:
     """The folders in a folder by name, without hidden ones."""
-    return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    return [path for path in listing.shown(root) if path.is_dir()]
 
 
 def _sample(root: pathlib.Path, folder: pathlib.Path) -> Sample:
-    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
-    shown = [file for file in files if file.name[0] != "."]
-    return Sample(folder.name, tuple(sorted(shown, key=_order)), root / "caption" / folder.name)
+    videos = [file for file in listing.shown(folder) if file.suffix.lower() in SUFFIXES]
+    return Sample(folder.name, tuple(sorted(videos, key=_order)), root / "caption" / folder.name)
 
 
 @contextlib.contextmanager
