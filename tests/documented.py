@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import shlex
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "experiments/README.md", "experiments/speed.md", "kernels/README.md")
@@ -38,7 +39,7 @@ class Group:
     """Commands that are run one after the other, in one folder.
 
     Attributes:
-      commands: As documented, with the flags that are added: the last one of a name holds.
+      commands: As documented, with the flags that are added or take the place of others.
       stand_ins: Names of files that cannot be had here, which the test makes beforehand.
       needs: Packages without which the group is skipped.
       marks: `long` for what takes a minute or more, `named` for several minutes, `aot` for what
@@ -160,7 +161,11 @@ GROUPS = {
         marks=("long",),
     ),
     "cost of spreading": Group(
-        {"longlive bench --suite train --cpu_devices 4 --json train.json": f"{SHORT} --seconds 3"},
+        {
+            "longlive bench --suite train --cpu_devices 4 --json train.json": (
+                "--seconds 3 --repeat 1"
+            )
+        },
         marks=("named",),
     ),
     "speed of large models": Group(
@@ -315,8 +320,23 @@ def commands(document: str) -> list[str]:
     return [" ".join(x.split()).removeprefix("time ") for x in found if x.strip()]
 
 
-def filled(command: str) -> str:
-    """A command with values in place of the reader's own choices."""
+def filled(command: str, more: str = "") -> list[str]:
+    """Return the words of a command with values in place of the reader's own choices.
+
+    Args:
+      command: As documented.
+      more: Flags that are added; those of the same names are left out of the command.
+    """
     for pattern, value in PLACEHOLDERS:
         command = re.sub(pattern, value, command)
-    return command
+    added = shlex.split(more)
+    replaced = {word.partition("=")[0] for word in added if word.startswith("--")}
+    words, kept = shlex.split(command), []
+    while words:
+        word = words.pop(0)
+        name, _, value = word.partition("=")
+        if name not in replaced:
+            kept.append(word)
+        elif not value and words and not words[0].startswith("--"):
+            words.pop(0)
+    return [*kept, *added]

@@ -62,6 +62,15 @@ def test_what_tests_are_run_is_there(pytestconfig):
             assert set(words[words.index("-m", 3) + 1].split()) - {"not"} <= marks, command
 
 
+def test_flags_that_are_added_take_the_place_of_others():
+    """A flag of one value is refused where it is there twice."""
+    command = "A=1 longlive bench --suite train --seconds=9 --from a --from 'b c' --seconds=8 --ema"
+    assert documented.filled(command, "--seconds 1 --repeat 2 --from d") == [
+        *("A=1", "longlive", "bench", "--suite", "train", "--ema"),
+        *("--seconds", "1", "--repeat", "2", "--from", "d"),
+    ]
+
+
 @pytest.mark.parametrize("command", [x for x in ALL if NAMES.match(x)])
 def test_what_is_named_in_prose_has_help(command, capsys):
     assert cli.run([*shlex.split(command)[1:2], "--help"]) == 0
@@ -87,7 +96,7 @@ def test_commands_run(name, tmp_path, monkeypatch, capsys):
     for stand_in in group.stand_ins:
         _make(stand_in, monkeypatch)
     for command, more in group.commands.items():
-        _run(f"{documented.filled(command)} {more}", capsys)
+        _run(documented.filled(command, more), capsys)
 
 
 @pytest.mark.slow
@@ -103,12 +112,12 @@ def test_snippets_run_as_pasted(tmp_path, monkeypatch, capsys):
     assert made[0] >= 160 and min(made) > 0  # ten seconds, and a chunk of a batch
     (told,) = (text for language, text in blocks if language == "json")
     pathlib.Path("story.json").write_text(told, "utf-8")
-    _run("longlive generate --script story.json", capsys)
+    _run(["longlive", "generate", "--script", "story.json"], capsys)
 
 
-def _run(command: str, capsys) -> None:
+def _run(words: list[str], capsys) -> None:
     """Runs a command: ours in this process unless it wants other devices, others in theirs."""
-    words = shlex.split(command)
+    command = shlex.join(words)
     if words[0] == "longlive" and "--cpu_devices" in words:
         words[:1] = ["python", "-m", "longlive_jax"]
     if words[0] == "longlive":
