@@ -210,7 +210,7 @@ GROUPS = {
             "longlive eval --suite drift": "--seconds 10",
         },
         stand_ins=("few videos",),
-        marks=("long",),
+        marks=("named",),
     ),
     "pictures and tables": Group(
         {
