@@ -50,7 +50,7 @@ NONE = -(1 << 63)  # stands for a time stamp that is missing
 
 @dataclasses.dataclass(frozen=True)
 class Footage:
-    """What a video file holds.
+    """Frames of a video file, with the times at which they are shown.
 
     times: When its frames are shown, in seconds from the first one on.
     end: When the last one is no longer shown.
@@ -74,7 +74,7 @@ class Footage:
         return float(len(self.times) / self.fps)
 
     def shown_at(self, fps: int) -> Int[np.ndarray, " n"]:
-        """The number of the frame that is shown at each of the instants n/fps."""
+        """Return the number of the frame that is shown at each of the instants n/fps."""
         if len(self.times) == 1:
             return np.zeros(1, np.int64)
         due = np.ceil((np.append(self.times, self.end) - ROUNDING) * fps - 1e-6).astype(np.int64)
@@ -85,7 +85,12 @@ class Footage:
 
 @contextlib.contextmanager
 def open_video(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
-    """The opened file and its video stream. what: "picture" or "video"."""
+    """Open a file and choose its video stream.
+
+    Args:
+      path: The file.
+      what: "picture" or "video", for what is said of it.
+    """
     with contextlib.ExitStack() as stack:
         container = stack.enter_context(demux.opened(path, what))
         if _splits_wrongly(container):
@@ -121,7 +126,7 @@ def _splits_wrongly(container: Any) -> bool:
 
 
 def _check_size(path: object, coded: Any) -> None:
-    """Few bytes can claim to be any number of pixels."""
+    """Raise InputError for too many pixels: few bytes can claim to be any number of them."""
     if coded.width * coded.height > demux.MOST_PIXELS:
         raise InputError(
             f"{path} is {coded.width}x{coded.height}, more than"
@@ -131,7 +136,7 @@ def _check_size(path: object, coded: Any) -> None:
 
 
 def _alpha_of(container: Any, stream: Any) -> Any:
-    """The stream that holds the alpha of an AVIF, if it has one."""
+    """Return the stream that holds the alpha of an AVIF, if it has one."""
     brands = "".join(container.metadata.get(name, "") for name in BRANDS)
     after = [one for one in container.streams.video if one.index == stream.index + 1]
     if "avi" not in brands or not after or after[0].codec_context is None:
@@ -143,7 +148,7 @@ def _alpha_of(container: Any, stream: Any) -> Any:
 
 
 def decode(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-    """The frames of a stream as the decoder has them, with their alpha."""
+    """Return the frames of a stream in the order of the decoder, with their alpha."""
     alpha = _alpha_of(container, stream)
     if alpha is not None:
         return _with_alpha(container, stream, alpha)
@@ -175,7 +180,7 @@ def _decoded_by(name: str, container: Any, stream: Any) -> Iterator[av.VideoFram
 
 
 def footage(path: Path) -> Footage:
-    """Finds the frames of a video file and their times, without decoding them.
+    """Find the frames of a video file and their times, without decoding them.
 
     Raises:
       InputError: the file cannot be read, is damaged or cut short, or holds no video.
@@ -290,7 +295,7 @@ class _Clock:
     def _times(
         self, stamps: Sequence[Int[np.ndarray, " t"]], duration: int
     ) -> tuple[Float[np.ndarray, " n"], float, tuple[str, ...]]:
-        """When frames are shown, and the end, with long gaps shortened; and what was changed."""
+        """Return the times of frames and the end, with long gaps shortened; and notes of that."""
         unit, times, notes, start = float(self.unit), [], [], 0.0
         steps = np.concatenate([np.diff(piece) * unit for piece in stamps])
         usual = steps[(steps > 0) & (steps <= LONGEST)]
@@ -337,8 +342,8 @@ def span(seconds: float) -> str:
 def _pieces(
     pts: Int[np.ndarray, " n"], dts: Int[np.ndarray, " n"], keys: np.ndarray
 ) -> list[Int[np.ndarray, " t"]] | None:
-    """Presentation times between the places where the clock of decoding falls back, without what
-    comes before the first key frame; None where it falls back all the time.
+    """Return presentation times between the places where the clock of decoding falls back, without
+    what comes before the first key frame; None where it falls back all the time.
     """
     both = (dts[1:] != NONE) & (dts[:-1] != NONE)
     breaks = np.flatnonzero(both & (dts[1:] < dts[:-1])) + 1
@@ -354,7 +359,7 @@ def _pieces(
 def read(
     path: Path, indices: Sequence[int], height: int, width: int
 ) -> tuple[UInt8[np.ndarray, "t height width 3"], tuple[str, ...]]:
-    """Frames of a file by their numbers, which never fall, fitted; and what was done to them.
+    """Read frames of a file by their numbers, which never fall; return them fitted, with notes.
 
     Only what lies between the key frame before the first of them and the last is decoded, where the
     file can be searched; one frame of it at a time is held.
@@ -413,7 +418,7 @@ def _numbered(
 
 
 def _number(shot: Footage, stamp: int | None, expected: int | None) -> int | None:
-    """The number of the frame of that time stamp: the first one from the expected one on."""
+    """Return the number of the frame of that time stamp: the first from the expected one on."""
     assert shot.stamps is not None
     least = expected or 0
     if stamp is None:

@@ -65,7 +65,7 @@ def _source(graph: av.filter.Graph, frame: av.VideoFrame) -> av.filter.context.F
 
 
 def turn_of(frame: av.VideoFrame) -> Turn:
-    """What makes it upright, mirrored or not, by its display matrix."""
+    """Return how a frame is made upright, mirrored or not, by its display matrix."""
     # PyAV reads no side data at all where there is a kind that it does not know, such as EXIF.
     unknown = set(range(64)) - {kind.value for kind in SideData}
     graph = chain(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in unknown))

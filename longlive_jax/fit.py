@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from longlive_jax import filters
 from longlive_jax.errors import InputError
 from longlive_jax.filters import Turn
+from longlive_jax.pixels import over_black
 
 ELONGATION = 16  # a picture that is scaled to more than this many frames side by side is refused
 EXACT = 1 << 18 | 1 << 13  # SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT, which PyAV 17 does not name
@@ -31,9 +32,9 @@ def _opaque(frame: av.VideoFrame, options: dict) -> tuple[av.VideoFrame, bool]:
     """
     if not (frame.format.has_palette or any(part.is_alpha for part in frame.format.components)):
         return frame, False
-    rgba = frame.reformat(format="rgba", **options).to_ndarray().astype(np.uint16)
+    rgba = frame.reformat(format="rgba", **options).to_ndarray()
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    return frame_of(((rgb * alpha + 127) // 255).astype(np.uint8)), bool((alpha < 255).any())
+    return frame_of(over_black(rgb, alpha)), bool((alpha < 255).any())
 
 
 class Fitter:

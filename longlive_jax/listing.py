@@ -18,12 +18,12 @@ _LEFT_BEHIND = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is none that a person has put there."""
+    """Return whether a name is that of a hidden file, or of one that a system has left behind."""
     return name.startswith(".") or name.lower() in _LEFT_BEHIND
 
 
 def shown(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
-    """The entries of a folder by name, without hidden ones.
+    """Return the entries of a folder by name, without hidden ones.
 
     Args:
       folder: Where to look; not in the folders within it.

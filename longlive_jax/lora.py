@@ -80,11 +80,11 @@ class Lora:
         return self.a[path].shape[-2]
 
     def scale(self, path: str) -> float:
-        """Of a layer that has one."""
+        """Return the scale of a layer that has one for all rows."""
         return 1.0 if self.alpha is None else self.alpha / self.rank(path)
 
     def row_scales(self, path: str) -> Any:
-        """Of the rows of A: layers rank."""
+        """Return the scales of the rows of A: layers rank."""
         if path in self.scales:
             return self.scales[path]
         return np.full(self.a[path].shape[:-1], self.scale(path), np.float32)
@@ -122,7 +122,7 @@ class LowRank:
         return jax.tree.map(lambda x: x[index], self)
 
     def change(self) -> jax.Array:
-        """What the adapter adds to the kernel, in float32."""
+        """Return the difference that the adapter adds to the kernel, in float32."""
         a, b, scale = (jnp.asarray(x).astype(jnp.float32) for x in (self.a, self.b, self.scale))
         return jnp.einsum("...ri,...or->...io", a * scale[..., None], b, precision="highest")
 
@@ -388,7 +388,7 @@ def _peft_config(path: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _scaling(config: Mapping[str, Any]) -> Scaling:
-    """What peft's config says of alpha (`tuners/lora/config.py`; LoKr's and LoHa's call it so)."""
+    """Read alpha from peft's config (`tuners/lora/config.py`; LoKr's and LoHa's call it so)."""
     if odd := [name for name in _NOT_DONE if config.get(name)]:
         raise InputError(f"the LoRA was trained with {', '.join(odd)}, which is not supported")
     alpha = config.get("lora_alpha", config.get("alpha"))
@@ -506,7 +506,7 @@ def _alpha(lora: Lora, scale: float, rank: int) -> float | int:
 
 
 def _most(values: Mapping[str, Any]) -> Any:
-    """What most modules have; 1 where there are none."""
+    """Return the value that most modules have; 1 where there are none."""
     held = list(values.values())
     return max(set(held), key=held.count) if held else 1
 

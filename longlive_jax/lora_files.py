@@ -1,4 +1,4 @@
-"""Which LoRAs to apply, and how strongly: what a flag, `load` and `Session.adapt` are told."""
+"""LoRA files and their strengths, as a flag, `load` and `Session.adapt` take them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ class LoraFile:
     strength: float | int = 1.0
 
     def check(self) -> None:
-        """Raises InputError where there is no such file, or the strength is no finite number."""
+        """Raise InputError where there is no such file, or the strength is not finite."""
+        self.check_strength()
+        if not os.path.exists(self.path):
+            raise InputError(f'there is no "{self.path}"')
+
+    def check_strength(self) -> None:
+        """Raise InputError where float32 cannot hold the strength."""
         if not (math.isfinite(self.strength) and abs(self.strength) <= LARGEST):
             raise InputError(
                 f"the strength of the LoRA {self.path} is a finite number, not {self.strength:g}"
             )
-        if not os.path.exists(self.path):
-            raise InputError(f'there is no "{self.path}"')
 
 
 # A file; or several, each a path or a pair of a path and a strength.
@@ -112,8 +116,5 @@ def _file(value: Any) -> LoraFile:
         value = LoraFile(os.fspath(value[0]), _strength(value[1]))
     if not isinstance(value, LoraFile):
         raise InputError(f"a LoRA is a file, or a pair of a file and a strength, not {value!r:.60}")
-    if not (math.isfinite(value.strength) and abs(value.strength) <= LARGEST):
-        raise InputError(
-            f"the strength of the LoRA {value.path} is a finite number, not {value.strength:g}"
-        )
+    value.check_strength()
     return value

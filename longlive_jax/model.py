@@ -52,7 +52,7 @@ _WORDS |= {"vae_light": "light VAE", "vae_tae": "TAEHV decoder"}
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What `load` was asked for. lora: None is the folder's own, if it has one; () is none.
+    """The arguments of `load`. lora: None is the folder's own, if it has one; () is none.
     precision: what `Model.quantized` made of it.
     """
 
@@ -149,8 +149,8 @@ class Model:
         return dataclasses.replace(self, config=cfg, dit=dit, origin=made_by)
 
     def adapted(self, lora: Choice) -> Model:
-        """With LoRAs from files beside the transformer's weights, in place of any that were there;
-        or with none.
+        """Return the model with LoRAs from files beside the transformer's weights, in place of any
+        that were there; or with none.
 
         Args:
           lora: A file; or several, each a path or a pair of a path and a strength. Their changes

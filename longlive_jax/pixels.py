@@ -36,12 +36,12 @@ _KINDS = "a file, a PIL image or an array"
 
 
 def is_file(source: Any) -> bool:
-    """Whether it is the name of a file, and not a picture."""
+    """Return whether it is the name of a file, and not a picture."""
     return isinstance(source, str | os.PathLike)
 
 
 def picture(source: Any) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-    """One picture, and what was done to it ("" is nothing).
+    """Return one picture, and what was done to it ("" is nothing).
 
     Args:
       source: A PIL image, or an array: uint8, or floating numbers from 0 to 1, [H, W] or [H, W, c]
@@ -54,7 +54,7 @@ def picture(source: Any) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
 
 
 def clip(source: Any) -> tuple[UInt8[np.ndarray, "t H W 3"], str]:
-    """The frames of a clip, and what was done to the first of them ("" is nothing).
+    """Return the frames of a clip, and what was done to them ("" is nothing).
 
     Args:
       source: A list of what `picture` takes, all of one size, or an array [t, H, W] or
@@ -146,9 +146,17 @@ def _opaque(array: np.ndarray, name: str) -> tuple[np.ndarray, str]:
     colours = array[..., :3] if channels >= 3 else np.repeat(array[..., :1], 3, -1)
     if channels % 2:
         return np.ascontiguousarray(colours), ""
-    alpha = array[..., -1:].astype(np.uint16)
-    over_black = ((colours * alpha + 127) // 255).astype(np.uint8)
-    return over_black, "transparent parts made black" if bool((alpha < 255).any()) else ""
+    alpha = array[..., -1:]
+    composed = over_black(colours, alpha)
+    return composed, "transparent parts made black" if bool((alpha < 255).any()) else ""
+
+
+def over_black(
+    colours: UInt8[np.ndarray, "H W 3"], alpha: UInt8[np.ndarray, "H W 1"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return colours of which as much is left as they are opaque."""
+    wide = colours.astype(np.uint16) * alpha
+    return ((wide + 127) // 255).astype(np.uint8)
 
 
 def _is_pillow(source: Any) -> bool:
@@ -178,7 +186,7 @@ def _of_pillow(image: Any, name: str) -> tuple[np.ndarray, str]:
 
 
 def _channels(image: Any, name: str) -> np.ndarray:
-    """Its numbers in eight bits: RGB, or RGB and alpha."""
+    """Return its values in 8 bits: grey, RGB, or RGB and alpha."""
     if image.mode in _TRANSPARENT or (image.mode in _OPAQUE and "transparency" in image.info):
         return np.asarray(image.convert("RGBA"))
     if image.mode in _OPAQUE:

@@ -17,7 +17,7 @@ _FOLDERS = ("transformer", "text_encoder", "vae", "models", "high_noise_model", 
 
 
 def advice(path: pathlib.Path) -> str:
-    """What to type where `path` holds published weights; "" where it does not."""
+    """Return what to type where `path` holds published weights; "" where it does not."""
     if path.is_file():
         published = path.suffix.lower() in _SUFFIXES
     else:

@@ -215,7 +215,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    """Whether it is a number of seconds, or such text as "1:30"; true is no number."""
+    """Return whether it is a number of seconds, or such text as "1:30"; true is no number."""
     if isinstance(value, str) and ":" in value:
         value = times.read(value)
     return type(value) in (int, float) and abs(value) < timeline.LONGEST

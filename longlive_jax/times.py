@@ -20,7 +20,8 @@ _RUN = re.compile(rf"\s*([-+]?{_NUMBER}(?::{_NUMBER})+)(.*)", re.DOTALL)
 
 
 def read(text: str) -> float:
-    """Seconds of a time: "90", "1:30" and "0:01:30" are the same; the last part may have decimals.
+    """Return the seconds of a time: "90", "1:30" and "0:01:30" are the same; the last part may have
+    decimals.
 
     Whether the number makes sense where it is used, such as one below 0, is not checked.
 
@@ -38,7 +39,7 @@ def read(text: str) -> float:
 
 
 def split(text: str) -> tuple[float, str]:
-    """The seconds and the prompt of "TIME: PROMPT", such as "5: birds" or "1:30: birds".
+    """Return the seconds and the prompt of "TIME: PROMPT", such as "5: birds" or "1:30: birds".
 
     The colon that ends a time is the first one that has no number right after it: "1:30: birds" is
     at 90 s, "1: 30 birds" at 1 s. "1:30 birds" could be either.
@@ -62,7 +63,7 @@ def split(text: str) -> tuple[float, str]:
 
 
 def _parted(text: str) -> tuple[str, str]:
-    """What is before and after the colon that ends the time."""
+    """Divide a text at the colon that ends the time."""
     run = _RUN.fullmatch(text)
     if run is None:
         time, colon, prompt = text.partition(":")

@@ -62,7 +62,7 @@ class Undo:
 
     @classmethod
     def of_switch(cls, state: State, mode: str) -> Undo:
-        """Before a switch of that mode."""
+        """Keep what a switch of that mode will change."""
         return cls.of_memory(state) if mode == "recache" else cls.of_labels(state)
 
     @classmethod

@@ -90,13 +90,17 @@ def define_model(values: flags.FlagValues) -> None:
 
 
 def define_lora(values: flags.FlagValues, what: str) -> None:
-    """The flag that names LoRAs."""
+    """Define the flag that names LoRAs."""
     words = f"{what}, FILE or FILE=STRENGTH; may be repeated, and all are added up"
     flags.DEFINE_multi_string("lora", [], words, flag_values=values)
 
 
 def loras_of(values: flags.FlagValues) -> tuple[LoraFile, ...]:
-    """What `--lora` names. Raises InputError where a file is missing, or a strength is wrong."""
+    """Return the LoRAs that `--lora` names.
+
+    Raises:
+      InputError: a file is missing, or a strength is not finite.
+    """
     return tuple(map(lora_files.parse, values.lora))
 
 

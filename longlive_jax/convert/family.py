@@ -116,8 +116,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What one path holds. config: of a model of ours. tokenizer: its folder, or a `spiece.model`.
-    notes: what of the path was left out.
+    """The contents of one path. config: of a model of ours. tokenizer: its folder, or a
+    `spiece.model`. notes: what of the path was left out.
     """
 
     parts: tuple[Part, ...]
@@ -129,7 +129,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """ema: take `generator_ema`. dtype: of what is dequantised; None is the file's."""
+    """Options of reading. ema: take `generator_ema`. dtype: of dequantised tensors; None is the
+    file's.
+    """
 
     ema: bool = False
     dtype: Any = None
@@ -202,7 +204,7 @@ def read(path: pathlib.Path, *, ema: bool = False, dtype: Any = None) -> Source:
 
 
 def _and_beside(path: pathlib.Path, source: Source, how: How) -> Source:
-    """With the decoders and the LoRA that lie beside component folders."""
+    """Add the decoders and the LoRA that lie beside component folders."""
     beside = _gathered(path, {}, how, only=_BESIDE)
     parts = source.parts + tuple(part for part in beside.parts if part.name in _LIGHT)
     if (light := path / "vae_light").is_dir():
@@ -218,7 +220,9 @@ def _file(
     hints: Mapping[str, Any] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Source:
-    """What a checkpoint holds, of which `hints` tells more; None of a file that came alone."""
+    """Return the parts of a checkpoint, of which `hints` tells more; None of a file that came
+    alone.
+    """
     checkpoint = open_checkpoint(path) if checkpoint is None else checkpoint
     said = checkpoint.facts.get("checkpoint_format")
     if said in _REFUSED:
@@ -236,7 +240,7 @@ def _file(
 
 
 def _sections(tensors: Tensors) -> list[Tensors]:
-    """The parts of a file that holds several, by what their names begin with."""
+    """Divide a file that holds several parts, by what their names begin with."""
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:
         start = next((start for start in _SECTIONS if name.startswith(start)), "")
@@ -360,8 +364,8 @@ def _part(path: pathlib.Path, tensors: Tensors, hints: Mapping[str, Any], *, bar
 
 
 def _is_light(cfg: VAEConfig, path: pathlib.Path) -> bool:
-    """Whether a VAE is pruned: of other widths than Wan's. One of Wan2.1's kind must also be called
-    so.
+    """Return whether a VAE is pruned: of other widths than Wan's. One of Wan2.1's kind must also be
+    called so.
     """
     full = config.WAN22_VAE if cfg.shortcut else config.WAN21_VAE
     named = cfg.shortcut or "lightvae" in path.name.lower()
@@ -428,7 +432,7 @@ def _gathered(
     how: How,
     only: Sequence[str] = ("*",),
 ) -> Source:
-    """What the checkpoints in a folder hold together.
+    """Return the parts that the checkpoints in a folder hold together.
 
     Args:
       path: The folder.

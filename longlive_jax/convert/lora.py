@@ -34,7 +34,8 @@ _FLOATS += (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """What is known of alpha apart from the tensors. A layer of which nobody says it has scale 1.
+    """Alpha as far as it is known apart from the tensors. A layer of which nobody says it has scale
+    1.
 
     Args:
       given: For all layers, before anything that the file says.
@@ -102,7 +103,7 @@ class _Pair:
 
 
 class _Found:
-    """What is found so far, by path and block."""
+    """Pairs and differences found so far, by path and block."""
 
     def __init__(self) -> None:
         self.pairs: dict[str, dict[int | None, _Pair]] = collections.defaultdict(dict)
@@ -346,7 +347,7 @@ def _alpha(value: Any, name: str) -> float:
 
 
 def _depth(found: Iterable[Mapping[int | None, Any]], blocks: int | None) -> int:
-    """How many blocks are stacked."""
+    """Return the number of blocks that are stacked."""
     numbers = [block for held in found for block in held if block is not None]
     last = max(numbers, default=-1)
     if last >= (lora_names.MOST_BLOCKS if blocks is None else blocks):

@@ -45,7 +45,7 @@ class Layer:
 
     @property
     def path(self) -> str:
-        """Of a linear layer in our model."""
+        """Return the path of a linear layer in our model."""
         return self.weight.target.removesuffix(".kernel")
 
 
@@ -143,8 +143,8 @@ class Place:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """What it changes, several where they are fused; none where a text-to-video model has no
-        such module.
+        """Return the layers that it changes, several where they are fused; none where a
+        text-to-video model has no such module.
         """
         return _PLAIN.get(self.module, ())
 
@@ -189,7 +189,7 @@ def _kind(part: str) -> str:
 
 
 def other_kind(at: Place) -> bool:
-    """Whether a tensor belongs to an adapter of a kind that is not read."""
+    """Return whether a tensor belongs to an adapter of a kind that is not read."""
     return at.part in _OTHER_KINDS
 
 

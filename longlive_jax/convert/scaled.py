@@ -147,7 +147,7 @@ def _scales(tensors: Tensors, path: object) -> dict[str, str]:
 
 
 def _is_beside(name: str, tensors: Tensors, scales: Mapping[str, str]) -> bool:
-    """Whether a tensor is only there for the sake of quantised ones."""
+    """Return whether a tensor is only there for the sake of quantised ones."""
     if name.rpartition(".")[2] == MARKER or name.endswith(_CONFIG) or name in scales.values():
         return True
     end = next((end for end in _UNUSED if name.endswith(end)), None)
@@ -213,7 +213,9 @@ def _product(tensors: Tensors, name: str, scale: str, dtype: np.dtype, path: obj
 def _spread(
     shape: tuple[int, ...], scale: tuple[int, ...]
 ) -> Callable[[np.ndarray], np.ndarray] | None:
-    """What makes scales of the second shape fit values of the first, None where they do not."""
+    """Return a function that repeats scales of the second shape for values of the first; None where
+    they do not fit.
+    """
     if math.prod(scale) == 1:
         return lambda x: x.reshape(())
     while len(scale) > max(len(shape), 1) and scale[-1] == 1:

@@ -229,7 +229,7 @@ def _typed(x: jax.Array | None, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _inputs(cfg: DistillConfig) -> list[tuple[str, pathlib.Path]]:
-    """What a run reads, each with its place in the config."""
+    """Return the files and folders that a run reads, each with its place in the config."""
     models = {"model": cfg.model, "teacher": cfg.teacher, "critic": cfg.critic}
     folders = [(name, folder_of(given)) for name, given in models.items() if given]
     return [*folders, ("prompts.file", pathlib.Path(cfg.prompts.file))]

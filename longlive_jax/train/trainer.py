@@ -165,7 +165,7 @@ class Run:
 
 
 def _inputs(cfg: TrainConfig) -> list[tuple[str, pathlib.Path | None]]:
-    """What a run reads, and where it keeps latents, each with its place in the config."""
+    """Return the folders that a run reads and keeps latents in, by their place in the config."""
     cache = pathlib.Path(cfg.source.cache) if cfg.source.cache else None
     return [
         ("model", folder_of(cfg.model)),
