@@ -30,6 +30,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import longlive_jax
+from longlive_jax import output
 from longlive_jax.errors import InputError
 
 CALLS = ("next_chunk", "switch", "save")
@@ -299,7 +300,7 @@ def main(_):
         sys.stdout.flush()
         seen[kind] = counts
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(seen, indent=1) + "\n", "utf-8")
+        output.write_report(pathlib.Path(_JSON.value), json.dumps(seen, indent=1) + "\n")
     return int(any(name.startswith("FAULT") for counts in seen.values() for name in counts))
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from longlive_jax import config, rollout, weights
+from longlive_jax import config, output, rollout, weights
 from longlive_jax.convert import wan_dit
 from longlive_jax.convert.export import wan_config
 from longlive_jax.convert.table import Pending
@@ -119,7 +119,7 @@ def main(_):
     text = json.dumps(report, indent=1) + "\n"
     sys.stdout.write(text)
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(text, "utf-8")
+        output.write_report(pathlib.Path(_JSON.value), text)
 
 
 if __name__ == "__main__":

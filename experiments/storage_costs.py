@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import longlive_jax
-from longlive_jax import cache_dir, footprint, report
+from longlive_jax import cache_dir, footprint, output, report
 
 _MODEL = flags.DEFINE_string("model", "tiny", "A model's name or folder.")
 _PROMPT = flags.DEFINE_string("prompt", "a red circle moves left over a black background", "")
@@ -80,7 +80,7 @@ def main(_):
     Console(width=120).print(table)
     if _JSON.value:
         said = {"device": report.device_name(), "versions": report.versions(), "rows": found}
-        pathlib.Path(_JSON.value).write_text(json.dumps(said, indent=1) + "\n", "utf-8")
+        output.write_report(pathlib.Path(_JSON.value), json.dumps(said, indent=1) + "\n")
 
 
 def numbers(row: Row, session, taken: list[tuple[float, float, int]]) -> dict:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax import documents, layers, weights
+from longlive_jax import documents, layers, output, weights
 from longlive_jax.config import WAN21_T2V_1_3B
 from longlive_jax.convert import table
 from longlive_jax.convert.lora import (
@@ -526,4 +526,4 @@ def save(path: str | os.PathLike, lora: Lora, naming: str = "peft") -> None:
     weights.write(folder, file, table.unchanged(export(lora, naming)), metadata=metadata)
     if folder == path:
         beside = {"peft_type": "LORA", **config}
-        (path / "adapter_config.json").write_text(json.dumps(beside, indent=1) + "\n", "utf-8")
+        output.write_text(path / "adapter_config.json", json.dumps(beside, indent=1) + "\n")
